@@ -1,5 +1,6 @@
-"""Sphere Latent Encoder, in one file. (docstring to come)"""
+"""Sphere Latent Encoder, in one file."""
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -29,142 +30,155 @@ class UserError(Exception):
     """Something a person can put right: the command line prints it as one line and exits with 2."""
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Configuration
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-def option(default, text, choices=None):
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+def option(default, text, choices=None, least=0):
+    """A field of Config: its default, its line in --help, and the values it may take."""
+    metadata = {"help": text, "choices": choices, "least": least}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
 class Config:
     # data
     dataset: str = option("drawn", "what to learn", ("drawn", "folder", "cifar10"))
-    data_dir: str = option("data", "where the images are, or are downloaded to")
-    image_size: int = option(64, "side of the square images, pixels")
+    data_dir: str = option("data", "folder of the images, or to download them to")
+    image_size: int = option(64, "side of the square images, pixels", least=1)
     flips: bool = option(True, "also learn each image mirrored left to right")
     # the frozen autoencoder
     autoencoder: str = option("tiny", "which autoencoder makes the latents", ("tiny",))
-    patch_size: int = option(16, "tiny: side of the square that becomes one token, pixels")
-    latent_channels: int = option(64, "tiny: channels C of a token")
-    autoencoder_width: int = option(256, "tiny: width of its encoder and of its decoder")
-    autoencoder_depth: int = option(3, "tiny: blocks in its encoder and in its decoder")
-    autoencoder_noise: float = option(0.3, "tiny: the decoder learns under noise of scale |N(0, this)|")
-    autoencoder_steps: int = option(1200, "tiny: updates before it is frozen")
+    patch_size: int = option(16, "tiny: side of the square that becomes a token, pixels", least=1)
+    latent_channels: int = option(64, "tiny: channels C of a token", least=1)
+    autoencoder_width: int = option(256, "tiny: width of encoder and decoder", least=4)
+    autoencoder_depth: int = option(3, "tiny: blocks in the encoder and in the decoder", least=1)
+    autoencoder_noise: float = option(0.5, "tiny: decoder learns under noise of scale |N(0, this)|")
+    autoencoder_steps: int = option(1100, "tiny: updates before it is frozen", least=1)
     # the denoiser and its losses
     model_size: str = option("tiny", "size of the denoiser", ("tiny", "S", "B", "L", "XL"))
     spherify: bool = option(True, "project latents to the sphere (off: an ablation)")
-    noise_distribution: str = option("logit-normal", "how the large angle is drawn",
+    noise_distribution: str = option("logit-normal", "distribution of the large angle",
                                      ("logit-normal", "uniform", "uniform-tangent"))
-    noise_mean: float = option(0.0, "logit-normal: mean of the logit")
+    noise_mean: float = option(1.2, "logit-normal: mean of the logit", least=-100)
     noise_std: float = option(1.0, "logit-normal: standard deviation of the logit")
-    max_angle: float = option(90.0, "largest angle of noise in training, degrees")
-    small_ratio: float = option(0.5, "tan(small angle) = s * tan(large angle), s uniform in 0 to this")
+    max_angle: float = option(90.0, "largest noise angle in training, degrees")
+    small_ratio: float = option(0.5, "tan(small angle) = s tan(large angle), s uniform up to this")
     reconstruction_weight: float = option(1.0, "weight of the reconstruction loss")
     consistency_weight: float = option(1.0, "weight of the consistency loss")
     latent_consistency_weight: float = option(0.1, "weight of the latent consistency loss")
     label_dropout: float = option(0.1, "share of labels replaced by the null label, for guidance")
     # optimisation
-    train_steps: int = option(1000, "updates of the denoiser")
-    batch_size: int = option(64, "images in an update")
-    learning_rate: float = option(1e-3, "AdamW: largest learning rate")
+    train_steps: int = option(1800, "updates of the denoiser", least=1)
+    batch_size: int = option(32, "images in an update", least=1)
+    learning_rate: float = option(3e-3, "AdamW: largest learning rate")
     warmup_steps: int = option(50, "updates until the learning rate is largest")
-    ema_decay: float = option(0.995, "decay of the moving average of the weights (0: off)")
-    save_every: int = option(500, "updates between checkpoints and sample pictures")
+    ema_decay: float = option(0.995, "decay of the moving average of the weights; 0 is off")
+    save_every: int = option(500, "updates between checkpoints and sample pictures", least=1)
     # sampling and evaluation
-    steps: int = option(4, "denoiser steps to make an image")
-    cfg_scale: float = option(1.0, "classifier-free guidance; 1 is off")
+    steps: int = option(4, "denoiser steps to make an image", least=1)
+    cfg_scale: float = option(1.5, "classifier-free guidance; 1 is off")
     tilt: float = option(90.0, "angle of the noise between steps, degrees")
-    tilt_schedule: str = option("decaying", "the angle between steps", ("decaying", "fixed"))
+    tilt_schedule: str = option("decaying", "the angle over the steps", ("decaying", "fixed"))
     fresh_noise: bool = option(False, "new noise at each step instead of the same")
-    eval_samples: int = option(600, "samples behind each Frechet distance")
+    eval_samples: int = option(600, "samples behind each Fréchet distance", least=2)
     # the run
     seed: int = option(0, "seed of everything random")
-    device: str = option("auto", "auto (CUDA, then MPS, then CPU), or a torch device")
-    out: str = option("", "run folder; empty: runs/DATASET")
+    device: str = option("auto", "auto (CUDA, then MPS, then CPU), or the name of a torch device")
+    out: str = option("", "run folder; if not given, runs/DATASET")
     resume: str = option("", "run folder to go on with; needs no other flag")
-    overwrite: bool = option(False, "replace the run that --out already holds")
-    compile: bool = option(False, "torch.compile the network")
+    overwrite: bool = option(False, "replace the run that the run folder holds")
+    compile: bool = option(False, "torch.compile the denoiser")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, flag = getattr(self, field.name), "--" + field.name.replace("_", "-")
+            choices, least = field.metadata["choices"], field.metadata["least"]
+            if choices and value not in choices:
+                raise UserError(f"{flag} {value}: choose from {', '.join(choices)}")
+            if field.type in (int, float) and not least <= value < 1e18:
+                raise UserError(f"{flag} {value}: must be a number of at least {least}")
+        if self.image_size % self.patch_size:
+            raise UserError(f"--image-size must be a multiple of --patch-size {self.patch_size}")
+        if self.latent_channels > 3 * self.patch_size ** 2:
+            raise UserError(f"--latent-channels: a patch has {3 * self.patch_size ** 2} numbers")
 
 
 def preset(dataset):
     """The Config that a data set starts from."""
-    changes = {"drawn": {}, "folder": {"train_steps": 6000, "autoencoder_steps": 4000},
-               "cifar10": {"image_size": 32, "patch_size": 4, "latent_channels": 16, "model_size": "S"}}
+    changes = {"drawn": {}, "folder": {"train_steps": 6000, "autoencoder_steps": 4000}, "cifar10": {
+        "image_size": 32, "patch_size": 4, "latent_channels": 16, "model_size": "S"}}
     return Config(dataset=dataset, **changes[dataset])
 
 
 FEW_STEPS = (1, 2, 4, 6)
-RUN_FILES = ("checkpoint.pt", "autoencoder.pt", "config.json", "log.csv", "autoencoder_log.csv",
+RUN_FILES = ("checkpoint.pt", "autoencoder.pt", "config.json", "log.csv", "autoencoder.csv",
              "frechet.csv", "loss.png", "samples.png", "reconstructions.png")
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. Images
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-#    name            petals, roundness, gap, layers, centre, colour at tip, at base, of the centre
+#    name           petals, roundness, gap, layers, centre; colour of the tip, the base, the centre
 SPECIES = (
     ("anemone",        7, 3.0, .45, 1, .26, (.96, .95, .98), (.80, .80, .92), (.13, .11, .30)),
-    ("aster",         16, 1.6, .75, 1, .24, (.56, .38, .86), (.45, .26, .72), (.95, .78, .15)),
+    ("aster",         12, 1.6, .75, 1, .24, (.56, .38, .86), (.45, .26, .72), (.95, .78, .15)),
     ("buttercup",      5, 3.5, .50, 1, .22, (.99, .88, .12), (.95, .72, .05), (.62, .66, .12)),
     ("clematis",       6, 1.2, .72, 1, .16, (.42, .18, .66), (.62, .32, .74), (.95, .93, .72)),
     ("cosmos",         8, 4.0, .55, 1, .20, (.96, .52, .74), (.86, .30, .58), (.96, .80, .20)),
-    ("daisy",         13, 1.8, .80, 1, .30, (.99, .99, .97), (.88, .90, .88), (.98, .78, .10)),
+    ("daisy",         10, 1.8, .75, 1, .30, (.99, .99, .97), (.88, .90, .88), (.98, .78, .10)),
     ("forget-me-not",  5, 4.0, .60, 1, .18, (.42, .66, .97), (.62, .80, .99), (.99, .88, .30)),
-    ("gerbera",       18, 1.8, .60, 2, .26, (.97, .42, .14), (.88, .25, .10), (.30, .12, .10)),
+    ("gerbera",       12, 1.8, .60, 2, .26, (.97, .42, .14), (.88, .25, .10), (.30, .12, .10)),
     ("lily",           6, 1.0, .78, 1, .12, (.98, .62, .22), (.99, .82, .40), (.45, .20, .08)),
     ("poppy",          4, 5.0, .30, 1, .20, (.90, .12, .10), (.62, .05, .08), (.10, .08, .10)),
-    ("sunflower",     15, 1.1, .55, 2, .42, (.99, .80, .10), (.95, .60, .05), (.32, .18, .07)),
+    ("sunflower",     12, 1.1, .55, 2, .42, (.99, .80, .10), (.95, .60, .05), (.32, .18, .07)),
     ("wild rose",      5, 2.6, .40, 1, .17, (.95, .40, .52), (.99, .86, .84), (.97, .85, .35)),
 )
-GROUNDS = ((.16, .34, .14), (.34, .52, .22), (.10, .20, .16), (.55, .72, .88),   # leaves, sky,
-           (.78, .86, .92), (.46, .38, .28), (.68, .62, .48), (.20, .24, .36))   # soil, dusk
+GROUNDS = ((.16, .34, .14), (.34, .52, .22), (.10, .20, .16), (.55, .72, .88),       # leaves, sky,
+           (.78, .86, .92), (.46, .38, .28), (.68, .62, .48), (.20, .24, .36))       # soil, dusk
 
 
 def draw_flowers(labels, size, generator):
-    """Draw one flower for each label [B], all else random -> [B, 3, size, size] in [0, 1]."""
+    """Draw a flower for each label [B], all else at random -> [B, 3, size, size] in [0, 1]."""
     def uniform(low, high, channels=1):
         return low + (high - low) * torch.rand(len(labels), channels, 1, 1, generator=generator)
 
     def ground():
-        return torch.tensor(GROUNDS)[torch.randint(len(GROUNDS), (len(labels),),
-                                                   generator=generator)][..., None, None]
+        chosen = torch.randint(len(GROUNDS), (len(labels),), generator=generator)
+        return torch.tensor(GROUNDS)[chosen][..., None, None]
 
-    def cover(distance):                                 # from signed distance to opacity
+    def cover(distance):                                     # signed distance to an edge -> opacity
         return (2 * size * distance + 0.5).clamp(0, 1)
 
     petals, roundness, gap, layers, centre, tip, base, disc = (
         torch.tensor(column)[labels].reshape(len(labels), -1, 1, 1)
         for column in list(zip(*SPECIES))[1:])
-    axis = (torch.arange(2 * size) + 0.5) / (2 * size)   # twice the pixels: smooth edges
+    axis = (torch.arange(2 * size) + 0.5) / (2 * size)       # twice the pixels, for smooth edges
     y, x = axis[:, None], axis[None, :]
-    cx, cy, radius = uniform(.34, .66), uniform(.32, .58), uniform(.24, .38)
-    turn, light, lean = uniform(0, 2 * math.pi), uniform(0, 2 * math.pi), uniform(0, math.pi)
+    cx, cy, radius = uniform(.40, .60), uniform(.38, .54), uniform(.29, .40)
+    turn, light, lean = (uniform(0, 2 * math.pi) for _ in range(3))
 
-    # the ground: a gradient, two soft spots, a stem, the flower's shadow
+    # the ground: a gradient, a soft spot, a stem
     angle = uniform(0, 2 * math.pi)
-    slope = (.5 + (x - .5) * angle.cos() + (y - .5) * angle.sin()).clamp(0, 1)
-    image = torch.lerp(ground(), ground(), slope)
-    for _ in range(2):
-        spot = ((x - uniform(0, 1)) ** 2 + (y - uniform(0, 1)) ** 2) / uniform(.08, .25) ** 2
-        image = torch.lerp(image, ground(), torch.exp(-spot) * uniform(0, .7))
+    slope = .5 + (x - .5) * angle.cos() + (y - .5) * angle.sin()
+    image = torch.lerp(ground(), ground(), slope.clamp(0, 1))
+    spot = ((x - uniform(0, 1)) ** 2 + (y - uniform(0, 1)) ** 2) / uniform(.08, .25) ** 2
+    image = torch.lerp(image, ground(), torch.exp(-spot) * uniform(0, .7))
     stem = .013 - (x - cx - uniform(-.6, .6) * (y - cy) ** 2).abs()
     green = torch.tensor([.20, .46, .14]).view(3, 1, 1) + uniform(-.06, .06, 3)
     image = torch.lerp(image, green, cover(stem) * (y > cy))
 
-    # polar coordinates (r, theta) around the centre, seen from the side
-    dx, dy, squash = x - cx, y - cy, uniform(.7, 1)
-    along = dx * lean.cos() + dy * lean.sin()
-    across = (dy * lean.cos() - dx * lean.sin()) / squash
+    # polar coordinates around the centre of a flower that leans; its shadow; petals; centre
+    dx, dy, squash = x - cx, y - cy, uniform(.75, 1)
+    along, across = dx * lean.cos() + dy * lean.sin(), (dy * lean.cos() - dx * lean.sin()) / squash
     r, theta = (along ** 2 + across ** 2).sqrt() / radius, torch.atan2(across, along)
     image = image * (1 - .35 * torch.sigmoid(8 * (1 - r)))
     shade = 1 + .22 * (dx * light.cos() + dy * light.sin()) / radius
     tint = 1 + uniform(-.06, .06, 3)
     for layer in range(int(layers.max())):
         u = 2 * torch.remainder((theta - turn) * petals / (2 * math.pi) + .5 * layer, 1) - 1
-        edge = (1 - .25 * layer) * (1 - gap * u.abs() ** roundness)      # u in [-1, 1] across a petal
+        edge = (1 - .25 * layer) * (1 - gap * u.abs() ** roundness)  # u: -1 to 1 across a petal
         colour = torch.lerp(base, tip, (r / edge.clamp(min=.1)).clamp(0, 1)) * tint
         colour = colour * shade * (1 - .3 * u ** 2) * (1 + .08 * layer)
         image = torch.lerp(image, colour, cover((edge - r) * radius * squash) * (layers > layer))
@@ -174,10 +188,11 @@ def draw_flowers(labels, size, generator):
 
 
 class Images(torch.utils.data.Dataset):
-    """Images in memory: pixels [n, 3, H, W] uint8, labels [n]; [i] gives ([3, H, W] in [0, 1], int)."""
+    """Images in memory; [i] gives (image [3, H, W] float in [0, 1], label int)."""
 
     def __init__(self, pixels, labels, classes):
-        self.pixels, self.labels, self.classes = pixels, torch.as_tensor(labels), list(classes)
+        self.pixels = pixels                                                 # [n, 3, H, W] uint8
+        self.labels, self.classes = torch.as_tensor(labels), list(classes)   # [n], names
 
     def __len__(self):
         return len(self.pixels)
@@ -187,23 +202,23 @@ class Images(torch.utils.data.Dataset):
 
 
 def drawn_images(split, size, seed=0):
-    """The built-in data: flowers drawn on the fly, all from `seed`; train and test share no drawing."""
+    """The built-in data: flowers, the same for the same seed; no drawing is in both splits."""
     labels = torch.arange({"train": 6000, "test": 1200}[split]) % len(SPECIES)
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
-    pixels = torch.cat([draw_flowers(part, size, generator).mul(255).round().byte()
-                        for part in labels.split(16)])               # 16 at a time fit the cache
-    return Images(pixels, labels, [species[0] for species in SPECIES])
+    pixels = [(255 * draw_flowers(few, size, generator)).round().byte() for few in labels.split(16)]
+    return Images(torch.cat(pixels), labels, [species[0] for species in SPECIES])
 
 
 def open_image(path, size):
-    """Any image file -> uint8 [3, size, size]: upright, on white, shorter side scaled, centre cropped."""
+    """Any image file -> uint8 [3, size, size]: upright, on white, scaled, the centre cropped."""
     with warnings.catch_warnings(), Image.open(path) as image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image.draft("RGB", (2 * size, 2 * size))                     # a JPEG need not be decoded in full
+        image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode no more than is needed
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):                        # 16 and 32 bits a pixel
+        if image.mode.startswith(("I", "F")):                # 16 bits a pixel, or unbounded
             grey = np.asarray(image, dtype=np.float32)
-            image = Image.fromarray((grey / max(65535 if image.mode != "F" else 1, grey.max()) * 255).astype(np.uint8))
+            grey = grey * (255 / (65535 if image.mode.startswith("I") else max(1, grey.max())))
+            image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -211,72 +226,64 @@ def open_image(path, size):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-@functools.lru_cache(maxsize=1)
-def folder_images(data_dir, size):
-    """Every readable image under data_dir, one class a folder (images alone: one class) -> Images, names."""
-    root = pathlib.Path(data_dir)
-    if not root.is_dir():
-        raise UserError(f"--data-dir {root}: no such folder")
+def files_by_class(root):
+    """-> {class name: image files}: a class a folder; images without folders are one class."""
     endings = tuple(Image.registered_extensions())
+
     def files(folder):
         return sorted(pathlib.Path(at, name) for at, _, names in os.walk(folder) for name in names
                       if name.lower().endswith(endings))
     groups = {folder.name: files(folder) for folder in sorted(root.iterdir()) if folder.is_dir()}
-    groups = {name: paths for name, paths in groups.items() if paths}
-    if not groups:
-        groups = {root.name: files(root)}
+    return {name: paths for name, paths in groups.items() if paths} or {root.name: files(root)}
+
+
+@functools.lru_cache(maxsize=1)
+def folder_images(data_dir, size):
+    """Every readable image under data_dir -> Images, relative names. Unreadable ones are named."""
+    root = pathlib.Path(data_dir)
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: no such folder")
+    groups = files_by_class(root)
     paths = [(path, label) for label, group in enumerate(groups.values()) for path in group]
-    pixels, labels, names, unreadable = [], [], [], []
 
     def read(item):
         try:
             return open_image(item[0], size)
-        except Exception as error:                                   # decoders raise anything at all
-            return f"{item[0]}: {error}"
+        except Exception as error:                           # image decoders raise anything at all
+            return print(f"skipped {item[0]}: {error}", file=sys.stderr)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for (path, label), image in zip(paths, tqdm(pool.map(read, paths), "reading images", len(paths))):
-            if isinstance(image, str):
-                unreadable.append(image)
-                continue
-            pixels.append(image)
-            labels.append(label)
-            names.append(str(path.relative_to(root)))
-    for line in unreadable[:20]:
-        print(f"skipped {line}", file=sys.stderr)
-    if not pixels or len(unreadable) > 0.01 * len(paths):
-        raise UserError(f"{data_dir}: {len(unreadable)} of {len(paths)} images cannot be read"
-                        if paths else f"{data_dir}: no images in it")
-    return Images(torch.stack(pixels), labels, groups), names
-
-
-def cifar_images(data_dir, split):
-    import torchvision
-    try:
-        data = torchvision.datasets.CIFAR10(data_dir, train=split == "train", download=True)
-    except Exception as error:
-        raise UserError(
-            f"CIFAR-10 is not in {data_dir} and cannot be downloaded ({error}). Put cifar-10-python.tar.gz "
-            f"there by hand, or run without it: python sphere_latent.py train") from None
-    return Images(torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets, data.classes)
+        images = list(tqdm(pool.map(read, paths), "reading images", len(paths), unit="img"))
+    good = [i for i, image in enumerate(images) if image is not None]
+    if not good or len(good) < 0.99 * len(paths):
+        raise UserError(f"--data-dir {root}: {len(good)} of {len(paths)} images can be read; at least "
+                        f"one, and 99%, must be")
+    return (Images(torch.stack([images[i] for i in good]), [paths[i][1] for i in good], groups),
+            [str(paths[i][0].relative_to(root)) for i in good])
 
 
 def load_images(config, split):
     """-> Images of one split, "train" or "test"; no image is in both. Raises UserError."""
-    if split not in ("train", "test"):
-        raise ValueError(f"split is 'train' or 'test', not {split!r}")
+    in_test = {"train": False, "test": True}[split]
     if config.dataset == "drawn":
         return drawn_images(split, config.image_size)
     if config.dataset == "cifar10":
-        return cifar_images(config.data_dir, split)
+        import torchvision
+        try:
+            data = torchvision.datasets.CIFAR10(config.data_dir, train=not in_test, download=True)
+        except Exception as error:
+            raise UserError(
+                f"CIFAR-10 is not in {config.data_dir} and cannot be downloaded ({error}). Put its "
+                f"cifar-10-python.tar.gz there, or leave out --dataset to do without") from None
+        return Images(torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets, data.classes)
     images, names = folder_images(config.data_dir, config.image_size)
-    held_out = torch.tensor([zlib.crc32(name.encode()) % 10 == 0 for name in names])
-    chosen = (held_out == (split == "test")).nonzero()[:, 0]
+    held_out = torch.tensor([zlib.crc32(name.encode()) % 10 == 0 for name in names])    # a tenth
+    chosen = (held_out == in_test).nonzero()[:, 0]
     return Images(images.pixels[chosen], images.labels[chosen], images.classes)
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. The transformer
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 #     B batch   N tokens   C channels of a token   D width   H heads   K = D / H
 
 class RMSNorm(nn.Module):
@@ -291,7 +298,7 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each scaled, shifted and gated by the label (adaLN-Zero)."""
+    """Attention and MLP, each shifted, scaled and gated by the label (adaLN-Zero of DiT)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -299,30 +306,36 @@ class Block(nn.Module):
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"),
+                                 nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width)
 
     def attention(self, x):
-        q, k, v = (rearrange(f(x), "b n (h k) -> b h n k", h=self.heads) for f in (self.q, self.k, self.v))
+        q, k, v = (rearrange(project(x), "b n (h k) -> b h n k", h=self.heads)
+                   for project in (self.q, self.k, self.v))                  # [B, H, N, K] each
         q, k = self.q_norm(q), self.k_norm(k)
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            y = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+        if x.device.type == "cpu" and torch.is_grad_enabled():               # 1.5x faster there
+            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)    # [B, H, N, N]
+            y = weights.to(v.dtype) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
-        return self.out(rearrange(y, "b h n k -> b n (h k)"))
+        return self.out(rearrange(y, "b h n k -> b n (h k)"))                # [B, N, D]
 
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
         x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)   # [B, N, D]
 
 
 class Transformer(nn.Module):
-    """Tokens [B, N, in] and labels [B] -> tokens [B, N, out]."""
+    """Tokens [B, N, in] and labels [B] -> tokens [B, N, out]; no labels: the null label for all.
+
+    It starts as the zero function, its blocks as the identity.
+    """
 
     def __init__(self, tokens, in_channels, out_channels, width, depth, heads, num_classes=0):
         super().__init__()
-        self.num_classes = num_classes                                   # also the null label
+        self.num_classes = num_classes                                       # also the null label
         self.embed = nn.Linear(in_channels, width)
         self.positions = nn.Parameter(sincos_positions(tokens, width), requires_grad=False)
         self.labels = nn.Embedding(num_classes + 1, width)
@@ -330,45 +343,39 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(width)
         self.modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, out_channels)
-        self.initialise()
-
-    def initialise(self):
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+            nn.init.xavier_uniform_(linear.weight)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        for linear in [block.modulation for block in self.blocks] + [self.modulation, self.head]:
+            nn.init.zeros_(linear.weight)
         nn.init.normal_(self.labels.weight, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.modulation.weight)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.head.weight)
 
     def forward(self, x, labels=None):
         if labels is None:
             labels = torch.full((len(x),), self.num_classes, device=x.device)
-        c = F.silu(self.labels(labels))                                  # [B, D]
-        x = self.embed(x) + self.positions                               # [B, N, D]
+        c = F.silu(self.labels(labels))                                      # [B, D]
+        x = self.embed(x) + self.positions                                   # [B, N, D]
         for block in self.blocks:
-            x = block(x, c)                                              # [B, N, D]
-        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)      # [B, 1, D] each
-        return self.head(self.norm(x) * (1 + scale) + shift)             # [B, N, out]
+            x = block(x, c)                                                  # [B, N, D]
+        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)          # [B, 1, D] each
+        return self.head(self.norm(x) * (1 + scale) + shift)                 # [B, N, out]
 
 
 def sincos_positions(tokens, width):
-    """Fixed 2-D sine and cosine position embedding of a square grid [N, D]: half for rows, half for columns."""
+    """Fixed sine and cosine embedding of a square grid [N, D]: half for columns, half for rows."""
     side = math.isqrt(tokens)
     frequency = 1e4 ** -(torch.arange(width // 4) / (width // 4))
     angle = torch.arange(side)[:, None] * frequency
-    line = torch.cat([angle.sin(), angle.cos()], dim=-1)                 # [side, D/2]
+    line = torch.cat([angle.sin(), angle.cos()], dim=-1)                     # [side, D/2]
     return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], dim=-1)
 
 
-
 class Denoiser(Transformer):
-    """The Transformer from noisy latents [B, N, C] and labels [B] to clean latents [B, N, C].
+    """Noisy latents [B, N, C] and labels [B] -> clean ones [B, N, C]; null label: num_classes.
 
-    The null label is num_classes. It is not told the noise level: the angle is read from the content.
+    It is not told the noise level: on the sphere every input is of one length, and the angle to the
+    data has to be read from the content.
     """
 
     def __init__(self, latent_shape, num_classes, width, depth, heads):
@@ -376,198 +383,207 @@ class Denoiser(Transformer):
         super().__init__(tokens, channels, channels, width, depth, heads, num_classes)
 
     def forward(self, v, labels):
-        if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() <= self.num_classes:
-            raise ValueError(f"labels are 0 to {self.num_classes} (the null label), not {labels.tolist()}")
+        if labels.device.type == "cpu" and not ((0 <= labels) & (labels <= self.num_classes)).all():
+            raise ValueError(f"labels go from 0 to {self.num_classes} (the null label): {labels}")
         return super().forward(v, labels)
 
 
 MODEL_SIZES = {"tiny": (256, 6, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16),
-               "XL": (1152, 28, 16)}                                     # width, depth, heads
+               "XL": (1152, 28, 16)}                                         # width, depth, heads
 
 
 def denoiser_for(config, latent_shape, num_classes):
+    """-> Denoiser of config.model_size for latents of latent_shape (N, C)."""
     return Denoiser(latent_shape, num_classes, *MODEL_SIZES[config.model_size])
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. Frozen autoencoders
-# ---------------------------------------------------------------------------------------------
-#     P numbers in a patch
+# --------------------------------------------------------------------------------------------------
+#     P numbers in a patch of the image
 
 class TinyRAE(nn.Module):
     """A small autoencoder that is trained first and then frozen, in the place of the paper's RAE.
 
-    Encoder and decoder start as PCA of the patches, the best linear autoencoder, and each learns a
-    correction with a transformer whose last layer starts at zero. The decoder is trained on noisy
-    latents, as RAE's is, so that it forgives the denoiser's errors.
+    It starts as PCA of the patches, the best linear autoencoder; a transformer on each side, zero
+    at first, learns the rest. The decoder is trained on noisy latents, as RAE's is, so that it
+    forgives the denoiser's errors. Latents are normalised with latent_mean and latent_var.
     """
 
     def __init__(self, config):
         super().__init__()
-        side, p, c = config.image_size // config.patch_size, config.patch_size, config.latent_channels
-        self.patch, self.side, self.latent_shape = p, side, (side * side, c)
-        width, depth, patch = config.autoencoder_width, config.autoencoder_depth, 3 * p * p
-        heads = max(1, width // 64)
-        self.encoder = Transformer(side * side, patch, c, width, depth, heads)
-        self.decoder = Transformer(side * side, c, patch, width, depth, heads)
-        for name, value in (("patch_mean", torch.zeros(patch)), ("patch_scale", torch.ones(patch)),
-                            ("patch_basis", torch.eye(patch)), ("mix", torch.eye(c)),
-                            ("unmix", torch.eye(c)), ("latent_mean", torch.zeros(1, c)),
-                            ("latent_var", torch.ones(1, c))):
-            self.register_buffer(name, value)
+        side, width = config.image_size // config.patch_size, config.autoencoder_width
+        p, c, depth = 3 * config.patch_size ** 2, config.latent_channels, config.autoencoder_depth
+        self.patch_size, self.latent_shape = config.patch_size, (side * side, c)
+        self.encoder = Transformer(side * side, p, c, width, depth, max(1, width // 64))
+        self.decoder = Transformer(side * side, c, p, width, depth, max(1, width // 64))
+        for name, start in dict(patch_mean=torch.zeros(p), patch_scale=torch.ones(p),
+                                basis=torch.eye(p), mix=torch.eye(c), unmix=torch.eye(c),
+                                latent_mean=torch.zeros(1, c), latent_var=torch.ones(1, c)).items():
+            self.register_buffer(name, start)
 
-    def patchify(self, images):
-        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
-
-    def unpatchify(self, patches):
-        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", p=self.patch, q=self.patch,
-                         h=self.side)
+    def patches(self, images):
+        size = self.patch_size
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=size, q=size)
 
     @torch.no_grad()
     def start_from_pca(self, images):
-        """Set the linear maps from images [n, 3, H, W]."""
-        patches = self.patchify(images).flatten(0, 1)
-        variance, basis = torch.linalg.eigh(torch.cov(patches.T))
-        order = variance.argsort(descending=True)
-        scale = variance[order].clamp(min=1e-5).sqrt()
-        # The channels keep part of the natural spectrum (coarse strong, detail weak), spread by a
-        # rotation so that normalising each channel does not level it: noise then hides detail first.
+        """Set the linear part from images [n, 3, H, W].
+
+        The latent keeps part of the natural spectrum, coarse strong and detail weak, spread by a
+        rotation so that normalising each channel cannot level it: noise then hides detail first.
+        """
+        patches = self.patches(images).flatten(0, 1)
+        variance, basis = (x.flip(-1) for x in torch.linalg.eigh(torch.cov(patches.T)))
+        scale = variance.clamp(min=1e-5).sqrt()
         strength = scale[:len(self.mix)].sqrt()
         strength = strength / strength.square().mean().sqrt()
         rotation = torch.linalg.qr(torch.randn(self.mix.shape))[0]
-        self.patch_mean.copy_(patches.mean(0))
-        self.patch_basis.copy_(basis[:, order])
-        self.patch_scale.copy_(scale)
-        self.mix.copy_(strength[:, None] * rotation)
-        self.unmix.copy_(rotation.T / strength)
+        for buffer, value in ((self.patch_mean, patches.mean(0)), (self.patch_scale, scale),
+                              (self.basis, basis), (self.mix, strength[:, None] * rotation),
+                              (self.unmix, rotation.T / strength)):
+            buffer.copy_(value)
 
     def encode_raw(self, images):
-        t = (self.patchify(images) - self.patch_mean) @ self.patch_basis / self.patch_scale   # [B, N, P]
-        return spherify(t[..., :len(self.mix)] @ self.mix + self.encoder(t).float())          # [B, N, C]
+        t = (self.patches(images) - self.patch_mean) @ self.basis / self.patch_scale    # [B, N, P]
+        return spherify(t[..., :len(self.mix)] @ self.mix + self.encoder(t))            # [B, N, C]
 
     def decode_raw(self, z):
-        t = self.decoder(z).float()                                                           # [B, N, P]
+        t = self.decoder(z)                                                             # [B, N, P]
         t = t + F.pad(z @ self.unmix, (0, t.shape[-1] - z.shape[-1]))
-        return self.unpatchify(t * self.patch_scale @ self.patch_basis.T + self.patch_mean)
+        patches = (t * self.patch_scale) @ self.basis.T + self.patch_mean
+        return rearrange(patches.float(), "b (h w) (p q c) -> b c (h p) (w q)",
+                         h=math.isqrt(z.shape[1]), p=self.patch_size, q=self.patch_size)
 
     def encode(self, images):
-        """Images [B, 3, H, W] in [0, 1] -> latents [B, N, C], each channel of mean 0 and variance 1."""
+        """Images [B, 3, H, W] in [0, 1] -> latents [B, N, C], mean 0 and variance 1 a channel."""
         return (self.encode_raw(images) - self.latent_mean) / (self.latent_var + 1e-5).sqrt()
 
     def decode(self, z):
         """Latents [B, N, C] -> images [B, 3, H, W] in [0, 1]."""
-        return self.decode_raw(z.float() * (self.latent_var + 1e-5).sqrt() + self.latent_mean).clamp(0, 1)
+        return self.decode_raw(z * (self.latent_var + 1e-5).sqrt() + self.latent_mean).clamp(0, 1)
 
 
 def load_autoencoder(name, config=None, pretrained=True):
-    """"tiny" -> TinyRAE of the sizes in config (its weights come from training, none are published)."""
+    """-> TinyRAE of the sizes in config. Nobody publishes its weights: a run trains them."""
     if name != "tiny":
-        raise UserError(f"no autoencoder named {name!r}: the choice is tiny")
+        raise UserError(f"--autoencoder {name}: the one that there is is tiny")
     return TinyRAE(config or Config())
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. The sphere
-# ---------------------------------------------------------------------------------------------
-#     A latent [N, C] is one vector of L = N * C numbers. The sphere has radius sqrt(L).
+# --------------------------------------------------------------------------------------------------
+#     A latent [N, C] is one vector of L = N C numbers; the sphere has the radius sqrt(L).
 
 def spherify(z):
-    """f(z): divide by the root mean square over all but the batch axis, so that the norm is sqrt(L).
+    """f(z): divide by the root mean square over all but the batch axis: the norm becomes sqrt(L).
 
-    z [B, ...] -> fp32, the same shape. The zero latent has no direction: it stays zero, and the 1e-6
-    under the root keeps its gradient finite (a new denoiser predicts exactly zero).
+    z [B, ...] -> fp32, same shape. The zero latent has no direction and stays zero; the 1e-6 under
+    the root keeps its gradient finite (a new denoiser predicts exactly zero).
     """
     return F.rms_norm(z.float(), z.shape[1:], eps=1e-6)
 
 
 def per_image(x, like):
-    """A number, or one for each image [B], shaped to multiply `like` [B, ...]."""
+    """A number, or one an image [B], as fp32 that broadcasts over `like` [B, ...]."""
     x = torch.as_tensor(x, dtype=torch.float32, device=like.device)
     return x.view(-1, *[1] * (like.dim() - 1))
 
 
 def tilt(v, e, alpha):
-    """cos(alpha) v + sin(alpha) e: v, tilted by the angle alpha (a number or [B], radians) towards e."""
+    """cos(alpha) v + sin(alpha) e: v tilted towards e by alpha, a number or [B], radians."""
     alpha = per_image(alpha, v)
     return alpha.cos() * v.float() + alpha.sin() * e.float()
 
 
 def noisy_spherify(v, e, alpha):
-    """f(cos(alpha) v + sin(alpha) e), which is f(v + tan(alpha) e) but finite up to 90 degrees."""
+    """f(cos(alpha) v + sin(alpha) e): equals f(v + tan(alpha) e), but v at 0 and f(e) at pi/2."""
     return spherify(tilt(v, e, alpha))
 
 
 def angle_between(a, b):
-    """Angles [B] between latents a and b [B, ...], radians: exact for small angles too."""
+    """Angles [B] between a and b [B, ...], radians; exact for small angles too."""
     a, b = spherify(a).flatten(1), spherify(b).flatten(1)
     return 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))
 
 
 def slerp(a, b, t):
-    """Along the great circle from a (t = 0) to b (t = 1), both spherified first; t a number or [B]."""
+    """The point at share t (a number or [B]) of the great circle from a to b, both spherified."""
     a, b = spherify(a), spherify(b)
     t, omega = per_image(t, a), per_image(angle_between(a, b), a)
-    weight_a, weight_b = (((1 - t) * omega).sin(), (t * omega).sin())
-    return spherify(torch.where(omega < 1e-4, torch.lerp(a, b, t), weight_a * a + weight_b * b))
+    arc = ((1 - t) * omega).sin() * a + (t * omega).sin() * b
+    return spherify(torch.where(omega < 1e-3, torch.lerp(a, b, t), arc))
 
 
 def sample_angles(batch, config, generator=None):
-    """-> alpha_small, alpha_large, each [B], radians; tan(alpha_small) = s tan(alpha_large)."""
-    device = generator.device if generator is not None else "cpu"
-    largest = math.radians(config.max_angle)
+    """-> alpha_small, alpha_large, each [B], radians: tan(alpha_small) = s tan(alpha_large)."""
+    largest, device = math.radians(config.max_angle), generator.device if generator else None
     if config.noise_distribution == "logit-normal":
-        logit = config.noise_mean + config.noise_std * torch.randn(
-            batch, generator=generator, device=device)
-        alpha_large = largest * logit.sigmoid()
+        logit = torch.randn(batch, generator=generator, device=device)
+        large = largest * torch.sigmoid(config.noise_mean + config.noise_std * logit)
     else:
-        u = torch.rand(batch, generator=generator, device=device)
-        alpha_large = (largest * u if config.noise_distribution == "uniform" else
-                       torch.atan(u * math.tan(largest)))
+        r = torch.rand(batch, generator=generator, device=device)
+        large = {"uniform": largest * r, "uniform-tangent": torch.atan(r * math.tan(largest))}[
+            config.noise_distribution]
     s = config.small_ratio * torch.rand(batch, generator=generator, device=device)
-    return torch.atan2(s * alpha_large.sin(), alpha_large.cos()), alpha_large
+    return torch.atan2(s * large.sin(), large.cos()), large
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6. The three losses
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def distance(a, b):
     """Mean squared error between latents [B, N, C], smooth L1 between images [B, 3, H, W]."""
-    return F.smooth_l1_loss(a.float(), b.float()) if a.dim() == 4 else F.mse_loss(a.float(), b.float())
+    return (F.smooth_l1_loss if a.dim() == 4 else F.mse_loss)(a.float(), b.float())
 
 
 def reconstruction_loss(z_hat_small, target):
+    """Loss 1: from little noise, come back to the target."""
     return distance(z_hat_small, target)
 
 
 def consistency_loss(z_hat_large, z_hat_small):
+    """Loss 2: from much noise, come to where little noise came; no gradient to z_hat_small."""
     return distance(z_hat_large, z_hat_small.detach())
 
 
 def latent_consistency_loss(v_hat_large, v):
+    """Loss 3: from much noise, point where v points: 1 - cosine; no gradient to v."""
     return 1 - (spherify(v_hat_large) * spherify(v.detach())).mean()
 
 
 def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large, config):
+    """The training loss of both papers, for one batch.
+
+    Sphere Latent Encoder: decode = the denoiser, encode = f, target = the clean latent.
+    Sphere Encoder:        decode = D, encode = f o E, target = the image.
+    v, e [B, N, C]; angles [B]; labels [B]. decode(views, labels) is called once, on both views.
+    -> {"reconstruction", "consistency", "latent_consistency": unweighted, "total": weighted}
+    """
     noisy = noisy_spherify if config.spherify else tilt
-    views = torch.cat([noisy(v, e, alpha_small), noisy(v, e, alpha_large)])     # [2B, N, C]
-    out_small, out_large = decode(views, labels.repeat(2)).chunk(2)
+    v_small, v_large = noisy(v, e, alpha_small), noisy(v, e, alpha_large)    # [B, N, C], same e
+    out_small, out_large = decode(torch.cat([v_small, v_large]), labels.repeat(2)).chunk(2)
     losses = {"reconstruction": reconstruction_loss(out_small, target),
               "consistency": consistency_loss(out_large, out_small),
               "latent_consistency": latent_consistency_loss(encode(out_large), v)}
-    losses["total"] = sum(getattr(config, f"{name}_weight") * loss for name, loss in losses.items())
-    return losses
+    total = sum(getattr(config, name + "_weight") * loss for name, loss in losses.items())
+    return {**losses, "total": total}
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 7. Training
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def resolve_device(name):
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else
-                        "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def autocast(device):
@@ -577,13 +593,13 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=pays)
 
 
-def step_generator(seed, step, device="cpu"):
-    """All randomness of one update comes from (seed, step): a resumed run needs no saved state."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+def seeded(seed, number):
+    """All randomness of update `number` comes from here: a resumed run needs no generator state."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
 
 
 def save_checkpoint(path, state):
-    """Write beside `path`, then rename: a reader finds the old file or the new one, never half of one."""
+    """Write beside `path`, then rename: a reader finds the old file or the new, never a half."""
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "wb") as file:
         torch.save(state, file)
@@ -595,8 +611,7 @@ def save_checkpoint(path, state):
 def read_checkpoint(path, device="cpu"):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        state["step"], state["config"]
-        return state
+        return {**state, "step": state["step"], "config": Config(**state["config"])}
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Exception as error:
@@ -604,129 +619,123 @@ def read_checkpoint(path, device="cpu"):
                         f"({type(error).__name__})") from None
 
 
+def write_table(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0] if rows else ["step"])
+        writer.writeheader()
+        writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
+
+
+def read_table(path):
+    with open(path, newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
 @contextlib.contextmanager
 def deferred_interrupt():
-    """Turn Ctrl-C into an entry of the yielded list, so that an update is never cut in two."""
+    """Turn Ctrl-C into an entry of the yielded list, so that no update is cut in two."""
     asked = []
-    try:
-        previous = signal.signal(signal.SIGINT, lambda *_: asked.append("interrupt"))
-    except ValueError:                                   # not the main thread: leave Ctrl-C alone
-        yield asked
-        return
+    previous = signal.signal(signal.SIGINT, lambda *_: asked.append("Ctrl-C"))
     try:
         yield asked
     finally:
         signal.signal(signal.SIGINT, previous)
 
 
-def optimise(model, losses_of, steps, config, path, name, keep, on_save=None):
-    """The one training loop, for the autoencoder and for the denoiser -> the averaged model.
+def learning_rate_at(step, steps, config):
+    """Linear warm-up, then constant, then linear decay over the second half."""
+    warmup = (step + 1) / max(1, config.warmup_steps)
+    return config.learning_rate * min(warmup, 1, 2 - 2 * step / steps)
 
-    losses_of(step) gives a dict of scalars with a "total". The state lies at `path`, together with
-    the entries of `keep`; if it is there already, training goes on from it.
+
+def optimise(model, losses_of, steps, config, path, log, keep, on_save=lambda average: None):
+    """The one training loop, for the autoencoder and for the denoiser -> the averaged model (EMA).
+
+    losses_of(step) gives a dict of scalars with a "total". State and the entries of `keep` go to
+    the file `path`, mean losses to `log`; if `path` is there already, training goes on from it.
     """
     device = next(model.parameters()).device
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    averaged = [a for a, p in zip(average.parameters(), model.parameters()) if p.requires_grad]
+    pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters()) if p.requires_grad]
+    averaged, weights = map(list, zip(*pairs))
     optimiser = torch.optim.AdamW(weights, config.learning_rate, betas=(0.9, 0.95), weight_decay=0,
-                                  fused=device.type in ("cpu", "cuda"))
-    log, step, sums, began = path.with_name(f"{name}log.csv"), 0, {}, time.time()
+                                  fused=device.type != "mps")
+    parts = {"model": model, "ema": average, "optimiser": optimiser}
+    step, table, sums, began = 0, [], collections.Counter(), time.time()
     if path.exists():
         state = read_checkpoint(path, device)
-        for part, key in ((model, "model"), (average, "ema"), (optimiser, "optimiser")):
-            part.load_state_dict(state[key])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         step = state["step"]
-    truncate_log(log, step)
+        table = [row for row in read_table(log) if row["step"] <= step]
 
-    def save():
-        save_checkpoint(path, {"step": step, "config": dataclasses.asdict(config), **keep,
-                               "model": model.state_dict(), "ema": average.state_dict(),
-                               "optimiser": optimiser.state_dict()})
-        if on_save:
-            on_save(average, step)
-
-    with deferred_interrupt() as asked, tqdm(total=steps * config.batch_size, unit="img", unit_scale=True,
-                                             initial=step * config.batch_size, desc=name or "denoiser") as bar:
+    batch = config.batch_size
+    with deferred_interrupt() as asked, tqdm(total=steps * batch, initial=step * batch, unit="img",
+                                             unit_scale=True, desc=path.stem) as bar:
         while step < steps and not asked:
             for group in optimiser.param_groups:
-                group["lr"] = config.learning_rate * schedule(step, steps, config.warmup_steps)
+                group["lr"] = learning_rate_at(step, steps, config)
             losses = losses_of(step)
             optimiser.zero_grad(set_to_none=True)
             losses["total"].backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
             step += 1
-            decay = min(config.ema_decay, (1 + step) / (10 + step))      # short memory at first
+            decay = min(config.ema_decay, (1 + step) / (10 + step))          # short memory at first
             torch._foreach_lerp_(averaged, weights, 1 - decay)
-            sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
-            bar.update(config.batch_size)
-            if step % 10 == 0 or step == steps or asked:
-                count = (step - 1) % 10 + 1
-                means = {key: float(value) / count for key, value in sums.items()}
-                sums = {}
+            sums.update({name: loss.detach() for name, loss in losses.items()} | {"count": 1})
+            bar.update(batch)
+            save = step % config.save_every == 0 or step == steps or asked
+            if step % 10 == 0 or save:
+                count = sums.pop("count")
+                means = {name: float(value) / count for name, value in sums.items()}
+                sums.clear()
                 if not math.isfinite(means["total"]):
-                    raise UserError(f"the loss is not finite near step {step}; the last good checkpoint "
-                                    f"is kept. Try a smaller --learning-rate")
-                append_log(log, {"step": step, **means, "seconds": time.time() - began})
-                bar.set_postfix({key: f"{value:.3f}" for key, value in means.items() if key != "total"})
-            if step % config.save_every == 0 or step == steps or asked:
-                save()
+                    raise UserError(f"the loss is not finite near update {step}; the last good "
+                                    f"checkpoint is kept. Try a smaller --learning-rate")
+                table.append({"step": step, **means, "seconds": time.time() - began})
+                bar.set_postfix_str(" ".join(f"{name} {x:.3f}" for name, x in means.items()))
+            if save:
+                write_table(log, table)
+                save_checkpoint(path, {"step": step, "config": dataclasses.asdict(config), **keep,
+                                       **{name: part.state_dict() for name, part in parts.items()}})
+                on_save(average)
     if asked:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"go on with: python sphere_latent.py train --resume {path.parent}")
     return average
 
 
-def schedule(step, steps, warmup):
-    """Share of the learning rate: linear warm-up, constant, linear decay over the last half."""
-    return min(1, (step + 1) / max(1, warmup), 2 * (1 - step / steps))
-
-
-def append_log(path, row):
-    fresh = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if fresh:
-            writer.writeheader()
-        writer.writerow({key: f"{value:.6g}" for key, value in row.items()})
-
-
-def truncate_log(path, step):
-    """Drop the rows after `step`, which a broken run wrote after its last checkpoint."""
-    if path.exists():
-        header, *rows = path.read_text().splitlines()
-        kept = [row for row in rows if float(row.split(",")[0]) <= step]
-        path.write_text("\n".join([header, *kept]) + "\n")
-
-
 def pixel_batch(images, chosen, device):
-    return images.pixels[chosen].to(device, non_blocking=True) / 255                # [B, 3, H, W]
+    return images.pixels[chosen].to(device) / 255                                # [B, 3, H, W]
 
 
 def fit_autoencoder(config, images, folder, device):
     """Train TinyRAE on `images`, measure the mean and variance of its latents, freeze it."""
     torch.manual_seed(config.seed)
     autoencoder = load_autoencoder("tiny", config)
-    some = torch.randperm(len(images), generator=step_generator(config.seed, 0))[:2000]
+    some = torch.randperm(len(images), generator=seeded(config.seed, 0))[:2000]
     autoencoder.start_from_pca(pixel_batch(images, some, "cpu"))
     autoencoder.to(device)
 
     def losses_of(step):
-        generator = step_generator(config.seed, step)
-        x = pixel_batch(images, torch.randint(len(images), (config.batch_size,), generator=generator), device)
+        generator = seeded(config.seed, step)
+        chosen = torch.randint(len(images), (config.batch_size,), generator=generator)
+        x = pixel_batch(images, chosen, device)
         if config.flips:
-            x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator).to(device) < 0.5, x.flip(3), x)
+            mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+            x = torch.where(mirrored.to(device), x.flip(3), x)
         with autocast(device):
             z = autoencoder.encode_raw(x)
             sigma = config.autoencoder_noise * torch.randn(len(z), 1, 1, generator=generator).abs()
-            y = autoencoder.decode_raw(z + (sigma * torch.randn(z.shape, generator=generator)).to(device))
-        losses = {"pixels": F.l1_loss(y, x),
-                  "edges": F.l1_loss(y.diff(dim=2), x.diff(dim=2)) + F.l1_loss(y.diff(dim=3), x.diff(dim=3))}
-        return {**losses, "total": sum(losses.values())}
+            noise = sigma * torch.randn(z.shape, generator=generator)
+            y = autoencoder.decode_raw(z + noise.to(device))
+        losses = {"pixels": F.l1_loss(y, x), "edges": sum(
+            F.l1_loss(y.diff(dim=axis), x.diff(dim=axis)) for axis in (2, 3))}
+        return {**losses, "total": losses["pixels"] + losses["edges"]}
 
     autoencoder = optimise(autoencoder, losses_of, config.autoencoder_steps, config,
-                           folder / "autoencoder.pt", "autoencoder_", {"classes": images.classes})
-    z, _ = encode_all(autoencoder, images, dataclasses.replace(config, flips=False), device)
+                           folder / "autoencoder.pt", folder / "autoencoder.csv", {})
+    z, _ = encode_all(autoencoder, images, config, device)
     autoencoder.latent_mean.copy_(z.mean((0, 1))[None])
     autoencoder.latent_var.copy_(z.var((0, 1))[None])
     return autoencoder
@@ -734,75 +743,75 @@ def fit_autoencoder(config, images, folder, device):
 
 @torch.no_grad()
 def encode_all(autoencoder, images, config, device):
-    """Encode once what training will read many times -> latents [n, N, C] and labels [n], in memory."""
+    """Encode once what training reads often -> latents [n, N, C], labels [n]; flips double n."""
     latents = []
     with autocast(device):
-        for mirrored in ((False, True) if config.flips else (False,)):
+        for mirrored in (False, True)[:1 + config.flips]:
             for chosen in torch.arange(len(images)).split(256):
                 x = pixel_batch(images, chosen, device)
                 latents.append(autoencoder.encode(x.flip(3) if mirrored else x).float().cpu())
-    return torch.cat(latents), images.labels.repeat(2 if config.flips else 1)
+    return torch.cat(latents), images.labels.repeat(1 + config.flips)
 
 
 def fit_denoiser(config, latents, labels, autoencoder, classes, folder, device):
+    """Train on cached latents [n, N, C] with the three losses -> the averaged denoiser."""
     torch.manual_seed(config.seed)
     denoiser = denoiser_for(config, autoencoder.latent_shape, len(classes)).to(device)
     network = torch.compile(denoiser) if config.compile else denoiser
+    project = spherify if config.spherify else lambda z: z
 
     def decode(v, y):
         with autocast(device):
             return network(v, y).float()
 
     def losses_of(step):
-        generator = step_generator(config.seed, step)
+        generator = seeded(config.seed, step)
         chosen = torch.randint(len(latents), (config.batch_size,), generator=generator)
-        z, y = latents[chosen].to(device), labels[chosen].to(device)
+        z, y = latents[chosen].to(device), labels[chosen]                        # [B, N, C], [B]
         dropped = torch.rand(len(y), generator=generator) < config.label_dropout
-        y = y.masked_fill(dropped.to(device), denoiser.num_classes)
+        y = y.masked_fill(dropped, denoiser.num_classes).to(device)
         e = torch.randn(z.shape, generator=generator).to(device)
         angles = (alpha.to(device) for alpha in sample_angles(len(z), config, generator))
-        project = spherify if config.spherify else (lambda z: z)
         return sphere_losses(decode, project, project(z), z, y, e, *angles, config)
 
-    keep = {"autoencoder": autoencoder.state_dict(), "classes": classes}
-    return optimise(denoiser, losses_of, config.train_steps, config, folder / "checkpoint.pt", "", keep,
-                    lambda model, step: sample_figure(model, autoencoder, classes, config, folder / "samples.png"))
+    def draw(average):
+        sample_figure(average, autoencoder, classes, config, folder / "samples.png")
+    return optimise(denoiser, losses_of, config.train_steps, config, folder / "checkpoint.pt",
+                    folder / "log.csv", dict(autoencoder=autoencoder.state_dict(), classes=classes), draw)
 
 
 def train(config):
-    """Images in, run folder out: autoencoder, latents, denoiser, pictures, Frechet distances."""
+    """Images in, run folder out: autoencoder, latents, denoiser, pictures, Fréchet distances."""
     folder, config = open_run(config)
     device = resolve_device(config.device)
-    images = load_images(config, "train")
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
+    images, held_out = load_images(config, "train"), load_images(config, "test")
+    if (folder / "checkpoint.pt").exists():
         autoencoder = load_autoencoder(config.autoencoder, config)
-        autoencoder.load_state_dict(read_checkpoint(checkpoint)["autoencoder"])
+        autoencoder.load_state_dict(read_checkpoint(folder / "checkpoint.pt")["autoencoder"])
         autoencoder.to(device).eval().requires_grad_(False)
     else:
         autoencoder = fit_autoencoder(config, images, folder, device)
-    reconstruction_figure(autoencoder, load_images(config, "test"), folder / "reconstructions.png")
+    reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
     latents, labels = encode_all(autoencoder, images, config, device)
     denoiser = fit_denoiser(config, latents, labels, autoencoder, images.classes, folder, device)
-    (folder / "autoencoder.pt").unlink(missing_ok=True)
     loss_figure(folder)
-    evaluate_run(config, autoencoder, denoiser, images.classes, folder / "frechet.csv")
+    evaluate_run(config, autoencoder, denoiser, images.classes, held_out, folder / "frechet.csv")
     return folder
 
 
 def open_run(config):
     """-> run folder, config. A run that is there already is neither lost nor taken for another."""
+    folder = pathlib.Path(config.resume or config.out or f"runs/{config.dataset}")
+    held = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if config.resume:
-        folder = pathlib.Path(config.resume)
-        found = [path for path in (folder / "checkpoint.pt", folder / "autoencoder.pt") if path.exists()]
-        if not found:
-            raise UserError(f"nothing to resume: no checkpoint in {folder}")
-        return folder, dataclasses.replace(Config(**read_checkpoint(found[0])["config"]), resume=config.resume)
-    folder = pathlib.Path(config.out or f"runs/{config.dataset}")
-    held = [path for name in RUN_FILES if (path := folder / name).exists()]
+        states = [path for path in held if path.suffix == ".pt"]
+        if not states:
+            raise UserError(f"--resume {folder}: no checkpoint.pt or autoencoder.pt in it")
+        saved = read_checkpoint(states[0])["config"]
+        return folder, dataclasses.replace(saved, device=config.device)
     if held and not config.overwrite:
-        raise UserError(f"{folder} already holds a run: continue it with --resume {folder}, replace it "
-                        f"with --overwrite, or choose another --out")
+        raise UserError(f"{folder} already holds a run: go on with it (--resume {folder}), replace "
+                        f"it (--overwrite), or choose another --out")
     for path in held:
         path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
@@ -810,150 +819,147 @@ def open_run(config):
     return folder, config
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 8. Sampling
-# ---------------------------------------------------------------------------------------------
-
-def tilt_angles(steps, angle, schedule):
-    """The angles, radians, by which the point is tilted back before steps 2, 3, ..."""
-    return [angle if schedule == "fixed" else angle * (1 - k / steps) for k in range(1, steps)]
-
+# --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def sample(denoiser, labels, steps=4, cfg_scale=1.0, angle=math.pi / 2, schedule="decaying",
-           fresh_noise=False, sphere=True, e=None, generator=None, return_path=False):
-    project = spherify if sphere else (lambda z: z)
+           fresh_noise=False, sphere=True, noise=None, generator=None, return_path=False):
+    """Random points of the sphere to clean latents [B, N, C], with `steps` calls of the denoiser.
+
+    labels [B]; cfg_scale 1 is off; angle, radians: how far the point is tilted back before the next
+    step, each time ("fixed") or less and less ("decaying"); noise [B, N, C]: e, None draws it. The
+    last output is returned as it is; with return_path: (z, [each noisy point, each output]).
+    """
+    tokens, width = denoiser.positions.shape
+    shape = (len(labels), tokens, denoiser.head.out_features)
+
+    def draw():
+        device = generator.device if generator else None
+        return torch.randn(shape, generator=generator, device=device).to(labels.device)
 
     def denoise(v):
         if cfg_scale == 1:
-            return denoiser(v, labels)
+            return denoiser(v, labels).float()
         null = torch.full_like(labels, denoiser.num_classes)
-        z, z_null = denoiser(v.repeat(2, 1, 1), torch.cat([labels, null])).chunk(2)
+        z, z_null = denoiser(v.repeat(2, 1, 1), torch.cat([labels, null])).float().chunk(2)
         return z_null + cfg_scale * (z - z_null)
-    v = project(e)
-    z = denoise(v)
-    for a in tilt_angles(steps, angle, schedule):
-        if fresh_noise:
-            e = torch.randn(e.shape, generator=generator)
-        v = project(tilt(project(z), e, a))
-        z = denoise(v)
-    return z
+    project = spherify if sphere else lambda z: z
+    e = draw() if noise is None else noise
+    v = project(e)                                                           # [B, N, C]
+    path = [v, z := denoise(v)]
+    for k in range(1, steps):
+        alpha = angle if schedule == "fixed" else angle * (1 - k / steps)
+        e = draw() if fresh_noise else e
+        v = project(tilt(project(z), e, alpha))
+        path += [v, z := denoise(v)]
+    return (z, path) if return_path else z
 
 
 def seeded_noise(count, latent_shape, seed):
-    """Noise [count, N, C]: number i depends on the seed and i alone, not on how many are asked for."""
-    return torch.stack([torch.randn(latent_shape, generator=step_generator(seed, i)) for i in range(count)])
+    """Noise [count, N, C]; number i depends on the seed and i alone, however many are asked for."""
+    return torch.stack([torch.randn(latent_shape, generator=seeded(seed, i)) for i in range(count)])
 
 
 @torch.no_grad()
-def sample_images(denoiser, autoencoder, labels, e, config, steps=None, batch=100):
-    """Sample with the settings of `config` and decode once: labels [n], e [n, N, C] -> [n, 3, H, W]."""
-    device = next(denoiser.parameters()).device
-    images = []
-    for start in range(0, len(labels), batch):
-        part = slice(start, start + batch)
+def sample_images(denoiser, autoencoder, labels, noise, config, steps=None, batch=100):
+    """Sample as config says and decode once: labels [n], noise [n, N, C] -> images [n, 3, H, W]."""
+    device, images = denoiser.positions.device, []
+    for y, e in zip(labels.split(batch), noise.split(batch)):
         with autocast(device):
-            z = sample(denoiser, labels[part].to(device), steps or config.steps, config.cfg_scale,
+            z = sample(denoiser, y.to(device), steps or config.steps, config.cfg_scale,
                        math.radians(config.tilt), config.tilt_schedule, config.fresh_noise,
-                       config.spherify, e[part].to(device))
-            images.append(autoencoder.decode(z).float().cpu())
+                       config.spherify, e.to(device), seeded(config.seed, -1))
+            images.append(autoencoder.decode(z).cpu())
     return torch.cat(images)
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 9. Evaluation
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def frechet_distance(mean_a, cov_a, mean_b, cov_b):
-    """Squared Frechet distance between two Gaussians: |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)).
+    """Squared Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr A + tr B - 2 tr (A B)^(1/2).
 
-    tr (A B)^(1/2) is the sum of the square roots of the eigenvalues of A^(1/2) B A^(1/2), which is
-    symmetric: no complex numbers, singular covariances allowed.
+    The last trace is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is
+    symmetric: nothing complex arises, and singular covariances are allowed. float64.
     """
-    mean_a, cov_a, mean_b, cov_b = (torch.as_tensor(x, dtype=torch.float64) for x in (mean_a, cov_a, mean_b, cov_b))
+    mean_a, cov_a, mean_b, cov_b = (
+        torch.as_tensor(x).double() for x in (mean_a, cov_a, mean_b, cov_b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def gaussian(features):
-    """Features [n, F] -> mean [F], covariance [F, F], float64."""
-    features = features.double()
+@torch.no_grad()
+def latent_gaussian(autoencoder, images):
+    """Mean and covariance of the features of images [n, 3, H, W]: each channel's mean and standard
+    deviation over the tokens of the latent, 2C numbers an image."""
+    device, features = autoencoder.latent_mean.device, []
+    for x in images.split(100):
+        z = autoencoder.encode(x.to(device)).cpu().double()                  # [B, N, C]
+        features.append(torch.cat([z.mean(1), z.std(1)], dim=1))             # [B, 2C]
+    features = torch.cat(features)
     return features.mean(0), torch.cov(features.T)
 
 
-@torch.no_grad()
-def latent_features(autoencoder, images):
-    """Mean and standard deviation over the tokens of the latents of images [n, 3, H, W] -> [n, 2C]."""
-    device = autoencoder.latent_mean.device
-    features = []
-    for x in images.split(100):
-        z = autoencoder.encode(x.to(device)).float().cpu()
-        features.append(torch.cat([z.mean(1), z.std(1)], dim=1))
-    return torch.cat(features)
-
-
-def evaluate_run(config, autoencoder, denoiser, classes, path):
-    """Print, and write to `path`, the Frechet distance to held-out images at 1, 2, 4 and 6 steps."""
-    real = load_images(config, "test")
-    reference = gaussian(latent_features(autoencoder, real.pixels / 255))
+def evaluate_run(config, autoencoder, denoiser, classes, real, path):
+    """Print, and write to `path`, the Fréchet distance to `real` at 1, 2, 4 and 6 steps."""
     labels = torch.arange(config.eval_samples) % len(classes)
-    e = seeded_noise(len(labels), autoencoder.latent_shape, config.seed)
-    print(f"Fréchet distance in the latents of the frozen autoencoder ({config.autoencoder}), "
-          f"{len(labels)} samples against {len(real)} held-out images:")
-    lines = ["steps,frechet_distance"]
+    noise = seeded_noise(len(labels), autoencoder.latent_shape, config.seed)
+    reference, rows = latent_gaussian(autoencoder, real.pixels / 255), []
+    print(f"Fréchet distance in latents of the frozen autoencoder ({config.autoencoder}), "
+          f"{len(labels)} samples against {len(real)} held-out images, CFG {config.cfg_scale:g}:")
     for steps in FEW_STEPS:
-        images = sample_images(denoiser, autoencoder, labels, e, config, steps)
-        distance = frechet_distance(*gaussian(latent_features(autoencoder, images)), *reference)
-        print(f"{steps:6d} step{'s' if steps > 1 else ' '}   Fréchet distance {distance:.3f}")
-        lines.append(f"{steps},{distance:.6g}")
-    path.write_text("\n".join(lines) + "\n")
+        images = sample_images(denoiser, autoencoder, labels, noise, config, steps)
+        d = frechet_distance(*latent_gaussian(autoencoder, images), *reference)
+        print(f"  {steps} step{'s' if steps > 1 else ' '}  Fréchet distance {d:.3f}")
+        rows.append({"steps": steps, "frechet_distance": d})
+    write_table(path, rows)
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 10. Figures
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def picture(path, rows, row_names, column_names=None, title=""):
-    """A picture of images: rows is a list of [n, 3, H, W] in [0, 1], one name a row, one a column."""
+    """A sheet of images: rows is a list of [n, 3, H, W] in [0, 1], with one name each."""
     from matplotlib.figure import Figure
     side, columns = rows[0].shape[-1], len(rows[0])
-    sheet = rearrange(torch.stack([row.cpu() for row in rows]), "r n c h w -> (r h) (n w) c").numpy()
-    figure = Figure((1.0 * columns + 1.2, 1.0 * len(rows) + 0.7), dpi=128)
-    axes = figure.add_axes((1.1 / figure.get_figwidth(), 0.02, 1 - 1.2 / figure.get_figwidth(),
-                            1 - 0.62 / figure.get_figheight()))
-    axes.imshow(sheet, interpolation="nearest", aspect="auto")
+    sheet = rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c").numpy()
+    width, height = columns + 1.2, len(rows) + 0.7                           # an inch an image
+    figure = Figure((width, height), dpi=128)
+    axes = figure.add_axes((1.1 / width, 0.02, columns / width, len(rows) / height))
+    axes.imshow(sheet, aspect="auto")
     axes.set_yticks([side * (r + 0.5) for r in range(len(rows))], row_names)
     axes.set_xticks([side * (n + 0.5) for n in range(columns)], column_names or [""] * columns)
     axes.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
     axes.set_title(title, fontsize=8)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    axes.spines[:].set_visible(False)
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
 def sample_figure(denoiser, autoencoder, classes, config, path):
-    """The same noise after 1, 2, 4 and 6 steps, a class a column."""
-    columns = min(12, max(8, len(classes)))
-    labels = torch.arange(columns) % len(classes)
-    e = seeded_noise(columns, autoencoder.latent_shape, config.seed)
-    rows = [sample_images(denoiser, autoencoder, labels, e, config, steps) for steps in FEW_STEPS]
-    picture(path, rows, [f"{steps} step{'s' * (steps > 1)}" for steps in FEW_STEPS],
-            [classes[y] for y in labels])
+    """The same random points after 1, 2, 4 and 6 steps, a class a column."""
+    labels = torch.arange(12) % len(classes) if len(classes) < 12 else torch.arange(12)
+    noise = seeded_noise(len(labels), autoencoder.latent_shape, config.seed)
+    rows = [sample_images(denoiser, autoencoder, labels, noise, config, n) for n in FEW_STEPS]
+    names = [f"{n} step{'s' * (n > 1)}" for n in FEW_STEPS]
+    picture(path, rows, names, [classes[y] for y in labels])
 
 
 def reconstruction_figure(autoencoder, images, path):
-    """Held-out images above what the autoencoder makes of them -> mean PSNR, decibels."""
+    """Held-out images above what the autoencoder makes of them -> mean PSNR of 60, decibels."""
     device = autoencoder.latent_mean.device
-    chosen = torch.linspace(0, len(images) - 1, min(len(images), 64)).long()
+    chosen = torch.linspace(0, len(images) - 1, 60).long()
     x = images.pixels[chosen] / 255
     with torch.no_grad(), autocast(device):
-        y = autoencoder.decode(autoencoder.encode(x.to(device))).float().cpu()
+        y = autoencoder.decode(autoencoder.encode(x.to(device))).cpu()
     psnr = float(-10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10().mean())
-    names = [images.classes[int(y)] for y in images.labels[chosen[:12]]]
+    names = [images.classes[label] for label in images.labels[chosen[:12]]]
     picture(path, [x[:12], y[:12]], ["image", "rebuilt"], names, f"PSNR {psnr:.1f} dB")
     return psnr
 
@@ -961,129 +967,132 @@ def reconstruction_figure(autoencoder, images, path):
 def loss_figure(folder):
     """loss.png: the three unweighted losses against updates, from log.csv."""
     from matplotlib.figure import Figure
-    with open(folder / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure((6, 3.5), dpi=128)
+    rows, figure = read_table(folder / "log.csv"), Figure((6, 3.5), dpi=128)
     axes = figure.subplots()
     for name in ("reconstruction", "consistency", "latent_consistency"):
-        axes.plot([float(row["step"]) for row in rows], [float(row[name]) for row in rows],
-                  label=name.replace("_", " "), linewidth=1)
-    axes.set(xlabel="updates", ylabel="unweighted loss", yscale="log")
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name, lw=1)
+    axes.set(xlabel="updates", ylabel="loss, unweighted", yscale="log")
     axes.legend(fontsize=8)
     figure.savefig(folder / "loss.png", bbox_inches="tight")
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 11. Command line
-# ---------------------------------------------------------------------------------------------
-
-def build_parser():
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message} (see {self.prog} --help)")
-
-    parser = Parser(prog="sphere_latent.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-
-    def add(name, help, names):
-        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
-                                      argument_default=argparse.SUPPRESS)
-        for field in (fields[n] for n in names):
-            kind = {"type": field.type}
-            if field.type is bool:
-                kind = {"action": argparse.BooleanOptionalAction}
-            elif field.metadata["choices"]:
-                kind = {"choices": field.metadata["choices"]}
-            default = "" if field.default == "" else f" (default: {field.default})"
-            command.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"] + default, **kind)
-        return command
-
-    sampling = ["cfg_scale", "tilt", "tilt_schedule", "fresh_noise", "seed", "device"]
-    add("train", "learn the autoencoder and the denoiser, then draw and measure samples", fields)
-    draw = add("sample", "draw images from a checkpoint", ["steps", *sampling])
-    draw.add_argument("--classes", nargs="+", help="classes to draw, by name or number (default: all)")
-    draw.add_argument("--count", type=int, help="images of each class (default: 8)")
-    measure = add("evaluate", "Frechet distance of a checkpoint at 1, 2, 4 and 6 steps", ["eval_samples", *sampling])
-    rebuild = add("reconstruct", "show images beside what the autoencoder makes of them", ["device"])
-    for command, out in ((draw, "samples.png"), (measure, "evaluation.csv"), (rebuild, "reconstructions.png")):
-        command.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
-        command.add_argument("--out", help=f"file to write (default: {out} in the run folder)")
-    return parser
-
+# --------------------------------------------------------------------------------------------------
 
 def load_run(path, device="cpu"):
-    """A run folder or checkpoint file -> config, autoencoder, denoiser (averaged weights, eval mode)."""
+    """A run folder or checkpoint file -> config, autoencoder, averaged denoiser in eval mode."""
     path = pathlib.Path(path)
     state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
-    config = Config(**state["config"])
-    autoencoder = load_autoencoder(config.autoencoder, config)
-    denoiser = denoiser_for(config, autoencoder.latent_shape, len(state["classes"]))
+    autoencoder = load_autoencoder(state["config"].autoencoder, state["config"])
+    denoiser = denoiser_for(state["config"], autoencoder.latent_shape, len(state["classes"]))
     denoiser.classes = state["classes"]
-    for model, key in ((autoencoder, "autoencoder"), (denoiser, "ema")):
-        model.load_state_dict(state[key])
+    for model, weights in ((autoencoder, state["autoencoder"]), (denoiser, state["ema"])):
+        model.load_state_dict(weights)
         model.to(device).eval().requires_grad_(False)
-    return config, autoencoder, denoiser
+    return state["config"], autoencoder, denoiser
 
 
 def open_checkpoint(given, default_out):
-    """-> config with the given flags, autoencoder, denoiser, where to write."""
+    """-> config with the flags that were given, autoencoder, denoiser, path to write to."""
     checkpoint, out = pathlib.Path(given.pop("checkpoint")), given.pop("out", None)
-    config, autoencoder, denoiser = load_run(checkpoint, resolve_device(given.get("device", "auto")))
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    return dataclasses.replace(config, **given), autoencoder, denoiser, pathlib.Path(out or folder / default_out)
+    device = resolve_device(given.get("device", "auto"))
+    config, autoencoder, denoiser = load_run(checkpoint, device)
+    out = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / default_out
+    return dataclasses.replace(config, **given), autoencoder, denoiser, pathlib.Path(out)
 
 
 def train_command(given):
-    config = dataclasses.replace(preset(given.get("dataset", "drawn")), **given)
-    print(f"done: look into {train(config)}")
+    """Learn the autoencoder and the denoiser, then draw samples and measure them."""
+    if "resume" in given and set(given) - {"resume", "device"}:
+        raise UserError("--resume takes all from the run folder: no other flag but --device")
+    start = preset(given.get("dataset", "drawn"))
+    print(f"The pictures are in {train(dataclasses.replace(start, **given))}")
 
 
 def sample_command(given):
+    """Draw images from a checkpoint."""
     wanted, count = given.pop("classes", None), given.pop("count", 8)
-    config, autoencoder, denoiser, out = open_checkpoint(given, "samples.png")
-    chosen = [class_index(name, denoiser.classes) for name in wanted or denoiser.classes]
+    if count < 1:
+        raise UserError(f"--count {count}: must be at least 1")
+    config, autoencoder, denoiser, out = open_checkpoint(given, "drawn_samples.png")
+    numbers = {name: i for i, name in enumerate(denoiser.classes)}
+    numbers |= {str(i): i for i in range(len(numbers))}
+    for name in wanted or ():
+        if name not in numbers:
+            raise UserError(f"--classes {name}: the classes are {', '.join(denoiser.classes)}")
+    chosen = [numbers[name] for name in wanted or denoiser.classes]
     labels = torch.tensor(chosen).repeat_interleave(count)
-    e = seeded_noise(len(labels), autoencoder.latent_shape, config.seed)
-    images = sample_images(denoiser, autoencoder, labels, e, config)
+    images = sample_images(denoiser, autoencoder, labels,
+                           seeded_noise(len(labels), autoencoder.latent_shape, config.seed), config)
     picture(out, images.split(count), [denoiser.classes[y] for y in chosen])
     print(out)
 
 
-def class_index(name, classes):
-    if name in classes:
-        return classes.index(name)
-    if name.isdecimal() and int(name) < len(classes):
-        return int(name)
-    raise UserError(f"--classes {name}: the classes are 0 to {len(classes) - 1}: {', '.join(classes)}")
-
-
 def evaluate_command(given):
+    """Fréchet distance of a checkpoint's samples to held-out images, at 1, 2, 4 and 6 steps."""
     config, autoencoder, denoiser, out = open_checkpoint(given, "frechet.csv")
-    evaluate_run(config, autoencoder, denoiser, denoiser.classes, out)
+    evaluate_run(config, autoencoder, denoiser, denoiser.classes, load_images(config, "test"), out)
 
 
 def reconstruct_command(given):
+    """Show held-out images beside what the autoencoder makes of them."""
     config, autoencoder, _, out = open_checkpoint(given, "reconstructions.png")
     psnr = reconstruction_figure(autoencoder, load_images(config, "test"), out)
     print(f"{out}: PSNR {psnr:.2f} dB on held-out images")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}. See {self.prog} --help")
+
+
+def build_parser():
+    """One flag a field of Config, with dashes; the result holds only the flags that were given."""
+    parser = Parser(prog="sphere_latent.py", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+
+    def add(function, names):
+        command = commands.add_parser(
+            function.__name__.split("_")[0], help=function.__doc__, description=function.__doc__,
+            allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        for name in names:
+            field, choices = fields[name], fields[name].metadata["choices"]
+            text = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+            text += "" if field.default == "" else f" (default: {field.default})"
+            kind = ({"action": argparse.BooleanOptionalAction} if field.type is bool else
+                    {"type": field.type, "metavar": field.type.__name__.upper()})
+            command.add_argument("--" + name.replace("_", "-"), help=text, **kind)
+        command.set_defaults(function=function)
+        return command
+    sampling = ["cfg_scale", "tilt", "tilt_schedule", "fresh_noise", "seed", "device"]
+    add(train_command, fields)
+    draw = add(sample_command, ["steps", *sampling])
+    draw.add_argument("--classes", nargs="+", help="names or numbers of classes (default: all)")
+    draw.add_argument("--count", type=int, help="images of each class (default: 8)")
+    measure = add(evaluate_command, ["eval_samples", *sampling])
+    for command in (draw, measure, add(reconstruct_command, ["device"])):
+        command.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
+        command.add_argument("--out", help="file to write (default: one in the run folder)")
+    return parser
 
 
 def main(argv=None):
     """Run one command -> exit code: 0, 2 for what a person can put right, 130 for Ctrl-C."""
     try:
         given = vars(build_parser().parse_args(argv))
-        {"train": train_command, "sample": sample_command, "evaluate": evaluate_command,
-         "reconstruct": reconstruct_command}[given.pop("command")](given)
+        given.pop("command")
+        given.pop("function")(given)
         return 0
     except UserError as error:
         print(f"sphere_latent.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"\nsphere_latent.py: stopped. {interrupt}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\nsphere_latent.py: stopped; {error}", file=sys.stderr)
         return 130
-    except SystemExit as asked:                          # --help
-        return asked.code or 0
+    except SystemExit as leave:                              # --help
+        return leave.code or 0
 
 
 if __name__ == "__main__":

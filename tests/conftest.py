@@ -1,0 +1,25 @@
+import os
+import pathlib
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+SMALL = ("--image-size 16 --patch-size 8 --latent-channels 8 --autoencoder-width 32 --autoencoder-depth 1 "
+         "--autoencoder-steps 6 --train-steps 6 --batch-size 8 --eval-samples 24 --device cpu").split()
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A finished run of a few seconds on the drawn flowers."""
+    import sphere_latent as sl
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    assert sl.main(["train", *SMALL, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)

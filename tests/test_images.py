@@ -1,0 +1,104 @@
+"""Drawn flowers, and folders of images as people have them."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sphere_latent as sl
+
+
+def test_drawn_flowers_are_deterministic_and_split():
+    a, b = sl.drawn_images("test", 16), sl.drawn_images("test", 16)
+    assert torch.equal(a.pixels, b.pixels) and len(a.classes) == 12 and len(a) == 1200
+    assert not torch.equal(a.pixels, sl.drawn_images("test", 16, seed=1).pixels)
+    train = {image.numpy().tobytes() for image in sl.drawn_images("train", 16).pixels}
+    assert len(train) == 6000 and not any(image.numpy().tobytes() in train for image in a.pixels)
+    image, label = a[5]
+    assert image.shape == (3, 16, 16) and image.dtype == torch.float32 and 0 <= image.min() <= image.max() <= 1
+    assert label == 5 and isinstance(label, int)
+
+
+def folder_config(path, size=16):
+    sl.folder_images.cache_clear()
+    return sl.Config(dataset="folder", data_dir=str(path), image_size=size, patch_size=8)
+
+
+def save(path, mode="RGB", size=(40, 30), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, options.pop("color", 0)).save(path, **options)
+
+
+def test_class_folders_are_split_without_overlap(tmp_path):
+    for name in ("tulip", "été"):
+        for i in range(40):
+            save(tmp_path / name / "deep er" / f"{i}.png", color=(i, 99, 0))
+    config = folder_config(tmp_path)
+    train, test = sl.load_images(config, "train"), sl.load_images(config, "test")
+    assert train.classes == test.classes == sorted(["tulip", "été"])
+    assert len(train) + len(test) == 80 and 1 <= len(test) < 20
+    assert set(train.labels.tolist()) == {0, 1}
+
+
+def test_images_alone_are_one_class(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.jpg")
+    assert sl.load_images(folder_config(tmp_path), "train").classes == [tmp_path.name]
+
+
+@pytest.mark.parametrize("mode, color, ending, expected", [
+    ("RGB", (200, 0, 0), "png", (200, 0, 0)), ("L", 77, "png", (77, 77, 77)), ("P", 0, "png", (0, 0, 0)),
+    ("RGBA", (9, 9, 9, 0), "png", (255, 255, 255)), ("LA", (9, 0), "png", (255, 255, 255)),
+    ("I;16", 65535, "png", (255, 255, 255)), ("I;16", 257 * 100, "png", (100, 100, 100)),
+    ("1", 1, "png", (255, 255, 255)), ("CMYK", (0, 0, 0, 0), "jpg", (255, 255, 255)),
+    ("F", 0.5, "tiff", (127, 127, 127))])
+def test_every_mode_becomes_rgb(tmp_path, mode, color, ending, expected):
+    save(tmp_path / f"a.{ending}", mode, color=color)
+    image = sl.open_image(tmp_path / f"a.{ending}", 8)
+    assert image.shape == (3, 8, 8) and image.dtype == torch.uint8
+    assert (image.float().mean((1, 2)) - torch.tensor(expected).float()).abs().max() <= 2
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    pixels = np.zeros((20, 20, 3), np.uint8)
+    pixels[:10] = 255                                             # bright above
+    exif = Image.Exif()
+    exif[0x0112] = 3                                              # stored upside down
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    image = sl.open_image(tmp_path / "a.png", 8).float()
+    assert image[:, :3].mean() < 5 and image[:, -3:].mean() > 250
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 2), (17, 400)])
+def test_any_shape_fits(tmp_path, size):
+    save(tmp_path / "a.png", size=size, color=(50, 60, 70))
+    assert sl.open_image(tmp_path / "a.png", 8).float().mean((1, 2)).tolist() == [50, 60, 70]
+
+
+def test_unreadable_files_are_named_and_few_are_skipped(tmp_path, capsys):
+    for i in range(200):
+        save(tmp_path / "a" / f"{i}.png")
+    (tmp_path / "a" / "broken.jpg").write_text("no picture")
+    images, names = sl.folder_images(str(tmp_path), 8)
+    assert len(images) == 200 and "broken.jpg" not in " ".join(names)
+    assert capsys.readouterr().err.count("broken.jpg") == 1
+    for i in range(3):
+        (tmp_path / "a" / f"empty{i}.png").touch()
+    with pytest.raises(sl.UserError, match="200 of 204"):
+        sl.load_images(folder_config(tmp_path), "train")
+
+
+def test_nothing_to_read_is_an_error(tmp_path):
+    with pytest.raises(sl.UserError, match="can be read"):
+        sl.load_images(folder_config(tmp_path), "train")
+    with pytest.raises(sl.UserError, match="no such folder"):
+        sl.load_images(folder_config(tmp_path / "absent"), "train")
+
+
+def test_cifar10_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
+    import torchvision
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", refuse)
+    with pytest.raises(sl.UserError, match="no network.*cifar-10-python.tar.gz"):
+        sl.load_images(sl.Config(dataset="cifar10", image_size=32, patch_size=4, data_dir=str(tmp_path)), "train")
