@@ -1,10 +1,37 @@
-"""Sphere Latent Encoder, in one file."""
+"""Sphere Latent Encoder (SLE) in one file: images from random points on a sphere, in a few steps.
+
+The method, after "Efficient Image Synthesis with Sphere Latent Encoder" (arXiv 2605.15592):
+  1. A frozen autoencoder turns an image into a latent z of N tokens with C channels.
+  2. Spherify, f(z): divide by the root mean square. Every v = f(z) then has the norm sqrt(N C).
+  3. Noise e ~ N(0, I) tilts v by an angle alpha: f(cos(alpha) v + sin(alpha) e). Two views share
+     one e: v_small at a small angle, v_large at a large one.
+  4. A transformer, the denoiser, goes from a noisy point back to z_hat. It has three losses:
+       reconstruction      z_hat_small is z                      (little noise: come back)
+       consistency         z_hat_large is z_hat_small            (much noise: land where little did)
+       latent consistency  f(z_hat_large) points where v points  (1 - cosine)
+  5. To draw an image: v = f(e), z_hat = denoise(v); then, for each further step, tilt f(z_hat) back
+     towards the same e, by less each time, and denoise again. Decode the last z_hat, once.
+
+Commands, from the smallest:
+  python sphere_latent.py train                                  5 minutes on two CPU cores, offline
+  python sphere_latent.py sample --checkpoint runs/drawn --classes poppy daisy --out flowers.png
+  python sphere_latent.py evaluate --checkpoint runs/drawn
+  python sphere_latent.py train --dataset folder --data-dir PATH             your own images
+
+Contents: 1 Configuration, 2 Images, 3 The transformer, 4 Frozen autoencoders, 5 The sphere,
+6 The three losses, 7 Training, 8 Sampling, 9 Evaluation, 10 Figures, 11 Command line.
+
+Differences from the paper (its weights of the losses, its logit-normal, its sampler's noise and its
+optimiser settings are not known to us; ours come from the ablations in the README):
+  - the autoencoder is TinyRAE, trained here in minutes, in place of DINOv2 and a ViT-XL decoder;
+  - the logit-normal has mean 1.2, so that large angles come more often;
+  - the angle between steps decays; the predecessor, Sphere Encoder, keeps it fixed.
+That the denoiser is not told the noise level is our inference from the published parameter count.
+"""
 import argparse
-import collections
 import concurrent.futures
 import contextlib
 import copy
-import csv
 import dataclasses
 import functools
 import json
@@ -54,7 +81,7 @@ class Config:
     autoencoder_width: int = option(256, "tiny: width of encoder and decoder", least=4)
     autoencoder_depth: int = option(3, "tiny: blocks in the encoder and in the decoder", least=1)
     autoencoder_noise: float = option(0.5, "tiny: decoder learns under noise of scale |N(0, this)|")
-    autoencoder_steps: int = option(1100, "tiny: updates before it is frozen", least=1)
+    autoencoder_steps: int = option(1200, "tiny: updates before it is frozen", least=1)
     # the denoiser and its losses
     model_size: str = option("tiny", "size of the denoiser", ("tiny", "S", "B", "L", "XL"))
     spherify: bool = option(True, "project latents to the sphere (off: an ablation)")
@@ -69,7 +96,7 @@ class Config:
     latent_consistency_weight: float = option(0.1, "weight of the latent consistency loss")
     label_dropout: float = option(0.1, "share of labels replaced by the null label, for guidance")
     # optimisation
-    train_steps: int = option(1800, "updates of the denoiser", least=1)
+    train_steps: int = option(1700, "updates of the denoiser", least=1)
     batch_size: int = option(32, "images in an update", least=1)
     learning_rate: float = option(3e-3, "AdamW: largest learning rate")
     warmup_steps: int = option(50, "updates until the learning rate is largest")
@@ -106,9 +133,9 @@ class Config:
 
 def preset(dataset):
     """The Config that a data set starts from."""
-    changes = {"drawn": {}, "folder": {"train_steps": 6000, "autoencoder_steps": 4000}, "cifar10": {
+    changes = {"folder": {"train_steps": 9000, "autoencoder_steps": 4000}, "cifar10": {
         "image_size": 32, "patch_size": 4, "latent_channels": 16, "model_size": "S"}}
-    return Config(dataset=dataset, **changes[dataset])
+    return Config(dataset=dataset, **changes.get(dataset, {}))
 
 
 FEW_STEPS = (1, 2, 4, 6)
@@ -250,13 +277,12 @@ def folder_images(data_dir, size):
         try:
             return open_image(item[0], size)
         except Exception as error:                           # image decoders raise anything at all
-            return print(f"skipped {item[0]}: {error}", file=sys.stderr)
+            tqdm.write(f"skipped {item[0]} ({type(error).__name__})", file=sys.stderr)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         images = list(tqdm(pool.map(read, paths), "reading images", len(paths), unit="img"))
     good = [i for i, image in enumerate(images) if image is not None]
     if not good or len(good) < 0.99 * len(paths):
-        raise UserError(f"--data-dir {root}: {len(good)} of {len(paths)} images can be read; at least "
-                        f"one, and 99%, must be")
+        raise UserError(f"--data-dir {root}: only {len(good)} of {len(paths)} images can be read")
     return (Images(torch.stack([images[i] for i in good]), [paths[i][1] for i in good], groups),
             [str(paths[i][0].relative_to(root)) for i in good])
 
@@ -412,11 +438,13 @@ class TinyRAE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        side, width = config.image_size // config.patch_size, config.autoencoder_width
-        p, c, depth = 3 * config.patch_size ** 2, config.latent_channels, config.autoencoder_depth
-        self.patch_size, self.latent_shape = config.patch_size, (side * side, c)
-        self.encoder = Transformer(side * side, p, c, width, depth, max(1, width // 64))
-        self.decoder = Transformer(side * side, c, p, width, depth, max(1, width // 64))
+        size, c, p = config.patch_size, config.latent_channels, 3 * config.patch_size ** 2
+        self.patch_size, self.window = size, size + 2 * (size // 4)          # windows overlap
+        self.latent_shape = ((config.image_size // size) ** 2, c)
+        width = config.autoencoder_width
+        sizes = width, config.autoencoder_depth, width // 64 or 1
+        self.encoder = Transformer(self.latent_shape[0], p, c, *sizes)
+        self.decoder = Transformer(self.latent_shape[0], c, 3 * self.window ** 2, *sizes)
         for name, start in dict(patch_mean=torch.zeros(p), patch_scale=torch.ones(p),
                                 basis=torch.eye(p), mix=torch.eye(c), unmix=torch.eye(c),
                                 latent_mean=torch.zeros(1, c), latent_var=torch.ones(1, c)).items():
@@ -449,11 +477,13 @@ class TinyRAE(nn.Module):
         return spherify(t[..., :len(self.mix)] @ self.mix + self.encoder(t))            # [B, N, C]
 
     def decode_raw(self, z):
-        t = self.decoder(z)                                                             # [B, N, P]
-        t = t + F.pad(z @ self.unmix, (0, t.shape[-1] - z.shape[-1]))
-        patches = (t * self.patch_scale) @ self.basis.T + self.patch_mean
-        return rearrange(patches.float(), "b (h w) (p q c) -> b c (h p) (w q)",
-                         h=math.isqrt(z.shape[1]), p=self.patch_size, q=self.patch_size)
+        t = F.pad(z @ self.unmix, (0, len(self.basis) - z.shape[-1])) * self.patch_scale  # [B, N, P]
+        size, side = self.patch_size, math.isqrt(z.shape[1])
+        linear = rearrange(t @ self.basis.T + self.patch_mean,
+                           "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=size, q=size)
+        windows = 0.1 * self.decoder(z).float().transpose(1, 2)              # [B, 3 window^2, N]
+        return linear + F.fold(windows, (side * size, side * size), self.window, stride=size,
+                               padding=(self.window - size) // 2)            # summed: no seams
 
     def encode(self, images):
         """Images [B, 3, H, W] in [0, 1] -> latents [B, N, C], mean 0 and variance 1 a channel."""
@@ -578,8 +608,8 @@ def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large
 
 def resolve_device(name):
     if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
+        found = torch.cuda.is_available(), torch.backends.mps.is_available(), True
+        name = ("cuda", "mps", "cpu")[found.index(True)]
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -615,20 +645,17 @@ def read_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Exception as error:
-        raise UserError(f"{path} is damaged, or no checkpoint of this program "
-                        f"({type(error).__name__})") from None
+        name = type(error).__name__
+        raise UserError(f"{path} is damaged, or no checkpoint of this program ({name})") from None
 
 
-def write_table(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else ["step"])
-        writer.writeheader()
-        writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
+def write_table(path, names, rows):
+    np.savetxt(path, rows, "%.6g", ",", header=",".join(names), comments="")
 
 
 def read_table(path):
-    with open(path, newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    """-> structured array: table["step"] is a column."""
+    return np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))
 
 
 @contextlib.contextmanager
@@ -656,18 +683,17 @@ def optimise(model, losses_of, steps, config, path, log, keep, on_save=lambda av
     """
     device = next(model.parameters()).device
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters()) if p.requires_grad]
-    averaged, weights = map(list, zip(*pairs))
+    averaged, weights = list(average.parameters()), list(model.parameters())
     optimiser = torch.optim.AdamW(weights, config.learning_rate, betas=(0.9, 0.95), weight_decay=0,
                                   fused=device.type != "mps")
     parts = {"model": model, "ema": average, "optimiser": optimiser}
-    step, table, sums, began = 0, [], collections.Counter(), time.time()
+    step, table, recent, began = 0, [], [], time.time()
     if path.exists():
         state = read_checkpoint(path, device)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        step = state["step"]
-        table = [row for row in read_table(log) if row["step"] <= step]
+        step, rows = state["step"], read_table(log)
+        table = rows[rows["step"] <= state["step"]].tolist()
 
     batch = config.batch_size
     with deferred_interrupt() as asked, tqdm(total=steps * batch, initial=step * batch, unit="img",
@@ -682,23 +708,24 @@ def optimise(model, losses_of, steps, config, path, log, keep, on_save=lambda av
             optimiser.step()
             step += 1
             decay = min(config.ema_decay, (1 + step) / (10 + step))          # short memory at first
-            torch._foreach_lerp_(averaged, weights, 1 - decay)
-            sums.update({name: loss.detach() for name, loss in losses.items()} | {"count": 1})
+            with torch.no_grad():
+                torch._foreach_lerp_(averaged, weights, 1 - decay)
+            recent.append(torch.stack([loss.detach() for loss in losses.values()]))
             bar.update(batch)
             save = step % config.save_every == 0 or step == steps or asked
             if step % 10 == 0 or save:
-                count = sums.pop("count")
-                means = {name: float(value) / count for name, value in sums.items()}
-                sums.clear()
+                means = dict(zip(losses, torch.stack(recent).mean(0).tolist()))
+                recent.clear()
                 if not math.isfinite(means["total"]):
                     raise UserError(f"the loss is not finite near update {step}; the last good "
                                     f"checkpoint is kept. Try a smaller --learning-rate")
-                table.append({"step": step, **means, "seconds": time.time() - began})
+                table.append([step, *means.values(), time.time() - began])
                 bar.set_postfix_str(" ".join(f"{name} {x:.3f}" for name, x in means.items()))
             if save:
-                write_table(log, table)
-                save_checkpoint(path, {"step": step, "config": dataclasses.asdict(config), **keep,
-                                       **{name: part.state_dict() for name, part in parts.items()}})
+                write_table(log, ["step", *means, "seconds"], table)
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= {"step": step, "config": dataclasses.asdict(config), **keep}
+                save_checkpoint(path, state)
                 on_save(average)
     if asked:
         raise KeyboardInterrupt(f"go on with: python sphere_latent.py train --resume {path.parent}")
@@ -713,8 +740,7 @@ def fit_autoencoder(config, images, folder, device):
     """Train TinyRAE on `images`, measure the mean and variance of its latents, freeze it."""
     torch.manual_seed(config.seed)
     autoencoder = load_autoencoder("tiny", config)
-    some = torch.randperm(len(images), generator=seeded(config.seed, 0))[:2000]
-    autoencoder.start_from_pca(pixel_batch(images, some, "cpu"))
+    autoencoder.start_from_pca(pixel_batch(images, torch.randperm(len(images))[:2000], "cpu"))
     autoencoder.to(device)
 
     def losses_of(step):
@@ -729,9 +755,9 @@ def fit_autoencoder(config, images, folder, device):
             sigma = config.autoencoder_noise * torch.randn(len(z), 1, 1, generator=generator).abs()
             noise = sigma * torch.randn(z.shape, generator=generator)
             y = autoencoder.decode_raw(z + noise.to(device))
-        losses = {"pixels": F.l1_loss(y, x), "edges": sum(
-            F.l1_loss(y.diff(dim=axis), x.diff(dim=axis)) for axis in (2, 3))}
-        return {**losses, "total": losses["pixels"] + losses["edges"]}
+        pixels = F.l1_loss(y, x)
+        edges = sum(F.l1_loss(y.diff(dim=axis), x.diff(dim=axis)) for axis in (2, 3))
+        return {"pixels": pixels, "edges": edges, "total": pixels + edges}
 
     autoencoder = optimise(autoencoder, losses_of, config.autoencoder_steps, config,
                            folder / "autoencoder.pt", folder / "autoencoder.csv", {})
@@ -776,8 +802,9 @@ def fit_denoiser(config, latents, labels, autoencoder, classes, folder, device):
 
     def draw(average):
         sample_figure(average, autoencoder, classes, config, folder / "samples.png")
+    keep = {"autoencoder": autoencoder.state_dict(), "classes": classes}
     return optimise(denoiser, losses_of, config.train_steps, config, folder / "checkpoint.pt",
-                    folder / "log.csv", dict(autoencoder=autoencoder.state_dict(), classes=classes), draw)
+                    folder / "log.csv", keep, draw)
 
 
 def train(config):
@@ -916,8 +943,8 @@ def evaluate_run(config, autoencoder, denoiser, classes, real, path):
         images = sample_images(denoiser, autoencoder, labels, noise, config, steps)
         d = frechet_distance(*latent_gaussian(autoencoder, images), *reference)
         print(f"  {steps} step{'s' if steps > 1 else ' '}  Fréchet distance {d:.3f}")
-        rows.append({"steps": steps, "frechet_distance": d})
-    write_table(path, rows)
+        rows.append([steps, d])
+    write_table(path, ["steps", "frechet_distance"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -970,7 +997,7 @@ def loss_figure(folder):
     rows, figure = read_table(folder / "log.csv"), Figure((6, 3.5), dpi=128)
     axes = figure.subplots()
     for name in ("reconstruction", "consistency", "latent_consistency"):
-        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name, lw=1)
+        axes.plot(rows["step"], rows[name], label=name, lw=1)
     axes.set(xlabel="updates", ylabel="loss, unweighted", yscale="log")
     axes.legend(fontsize=8)
     figure.savefig(folder / "loss.png", bbox_inches="tight")
@@ -1013,19 +1040,16 @@ def train_command(given):
 def sample_command(given):
     """Draw images from a checkpoint."""
     wanted, count = given.pop("classes", None), given.pop("count", 8)
-    if count < 1:
-        raise UserError(f"--count {count}: must be at least 1")
     config, autoencoder, denoiser, out = open_checkpoint(given, "drawn_samples.png")
-    numbers = {name: i for i, name in enumerate(denoiser.classes)}
-    numbers |= {str(i): i for i in range(len(numbers))}
-    for name in wanted or ():
-        if name not in numbers:
-            raise UserError(f"--classes {name}: the classes are {', '.join(denoiser.classes)}")
-    chosen = [numbers[name] for name in wanted or denoiser.classes]
+    classes = denoiser.classes
+    numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
+    chosen = [numbers.get(name) for name in wanted or classes]
+    if None in chosen or count < 1:
+        raise UserError(f"--classes: choose from {', '.join(classes)}; --count: at least 1")
     labels = torch.tensor(chosen).repeat_interleave(count)
-    images = sample_images(denoiser, autoencoder, labels,
-                           seeded_noise(len(labels), autoencoder.latent_shape, config.seed), config)
-    picture(out, images.split(count), [denoiser.classes[y] for y in chosen])
+    noise = seeded_noise(len(labels), autoencoder.latent_shape, config.seed)
+    images = sample_images(denoiser, autoencoder, labels, noise, config)
+    picture(out, images.split(count), [classes[y] for y in chosen])
     print(out)
 
 

@@ -57,3 +57,35 @@ def accuracy(judge, images, labels):
 @torch.no_grad()
 def judge_features(judge, images):
     return torch.cat([judge.features(x) for x in images.split(100)])
+
+
+def judge_run(judge, run, count, sampling):
+    """-> {setting: (share of samples given the asked class, Frechet distance in the judge's features)}."""
+    config, autoencoder, denoiser = sl.load_run(run)
+    held_out = sl.load_images(config, "test")
+
+    def gaussian(images):
+        features = judge_features(judge, images).double()
+        return features.mean(0), torch.cov(features.T)
+    reference = gaussian(held_out.pixels / 255)
+    scale = float(reference[1].trace())                      # in units of the drawings' own variance
+    labels = torch.arange(count) % len(held_out.classes)
+    noise = sl.seeded_noise(count, autoencoder.latent_shape, 1234)
+    with torch.no_grad():
+        rebuilt = torch.cat([autoencoder.decode(autoencoder.encode(x / 255)) for x in held_out.pixels.split(100)])
+    results = {"rebuilt": (accuracy(judge, rebuilt, held_out.labels),
+                           sl.frechet_distance(*gaussian(rebuilt), *reference) / scale)}
+    for name, changes in sampling.items():
+        images = sl.sample_images(denoiser, autoencoder, labels, noise, sl.dataclasses.replace(config, **changes))
+        results[name] = (accuracy(judge, images, labels),
+                         sl.frechet_distance(*gaussian(images), *reference) / scale)
+    return results
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    judge, held_out_accuracy = train_judge(sl.drawn_images("train", 64), sl.drawn_images("test", 64))
+    print(f"judge: {held_out_accuracy:.3f} of held-out drawings right")
+    for run in sys.argv[1:]:
+        for name, (share, distance) in judge_run(judge, run, 600, {f"{n} steps": {"steps": n} for n in sl.FEW_STEPS}).items():
+            print(f"{run}  {name:8s}  asked class {share:.3f}  Frechet distance in the judge's features {distance:.4f}")

@@ -101,4 +101,4 @@ def test_cifar10_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
         raise OSError("no network")
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", refuse)
     with pytest.raises(sl.UserError, match="no network.*cifar-10-python.tar.gz"):
-        sl.load_images(sl.Config(dataset="cifar10", image_size=32, patch_size=4, data_dir=str(tmp_path)), "train")
+        sl.load_images(sl.dataclasses.replace(sl.preset("cifar10"), data_dir=str(tmp_path)), "train")

