@@ -138,7 +138,6 @@ def preset(dataset):
     return Config(dataset=dataset, **changes.get(dataset, {}))
 
 
-FEW_STEPS = (1, 2, 4, 6)
 RUN_FILES = ("checkpoint.pt", "autoencoder.pt", "config.json", "log.csv", "autoencoder.csv",
              "frechet.csv", "loss.png", "samples.png", "reconstructions.png")
 
@@ -281,8 +280,9 @@ def folder_images(data_dir, size):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         images = list(tqdm(pool.map(read, paths), "reading images", len(paths), unit="img"))
     good = [i for i, image in enumerate(images) if image is not None]
-    if not good or len(good) < 0.99 * len(paths):
-        raise UserError(f"--data-dir {root}: only {len(good)} of {len(paths)} images can be read")
+    if len(good) < max(4, 0.99 * len(paths)):
+        raise UserError(f"--data-dir {root}: too few of its images can be read, {len(good)} of "
+                        f"{len(paths)}")
     return (Images(torch.stack([images[i] for i in good]), [paths[i][1] for i in good], groups),
             [str(paths[i][0].relative_to(root)) for i in good])
 
@@ -297,13 +297,13 @@ def load_images(config, split):
         try:
             data = torchvision.datasets.CIFAR10(config.data_dir, train=not in_test, download=True)
         except Exception as error:
-            raise UserError(
-                f"CIFAR-10 is not in {config.data_dir} and cannot be downloaded ({error}). Put its "
-                f"cifar-10-python.tar.gz there, or leave out --dataset to do without") from None
+            raise UserError(f"CIFAR-10 is not in {config.data_dir} and cannot be fetched ({error}). Put "
+                            f"cifar-10-python.tar.gz there, or leave out --dataset") from None
         return Images(torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets, data.classes)
     images, names = folder_images(config.data_dir, config.image_size)
-    held_out = torch.tensor([zlib.crc32(name.encode()) % 10 == 0 for name in names])    # a tenth
-    chosen = (held_out == in_test).nonzero()[:, 0]
+    order = sorted(range(len(names)), key=lambda i: zlib.crc32(names[i].encode()))
+    tenth = max(2, len(order) // 10)                         # held out: a tenth, by name
+    chosen = sorted(order[:tenth] if in_test else order[tenth:])
     return Images(images.pixels[chosen], images.labels[chosen], images.classes)
 
 
@@ -477,10 +477,10 @@ class TinyRAE(nn.Module):
         return spherify(t[..., :len(self.mix)] @ self.mix + self.encoder(t))            # [B, N, C]
 
     def decode_raw(self, z):
-        t = F.pad(z @ self.unmix, (0, len(self.basis) - z.shape[-1])) * self.patch_scale  # [B, N, P]
+        t = F.pad(z @ self.unmix, (0, len(self.basis) - z.shape[-1])) * self.patch_scale
+        t = t @ self.basis.T + self.patch_mean                               # [B, N, P]
         size, side = self.patch_size, math.isqrt(z.shape[1])
-        linear = rearrange(t @ self.basis.T + self.patch_mean,
-                           "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=size, q=size)
+        linear = rearrange(t, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=size, q=size)
         windows = 0.1 * self.decoder(z).float().transpose(1, 2)              # [B, 3 window^2, N]
         return linear + F.fold(windows, (side * size, side * size), self.window, stride=size,
                                padding=(self.window - size) // 2)            # summed: no seams
@@ -497,7 +497,7 @@ class TinyRAE(nn.Module):
 def load_autoencoder(name, config=None, pretrained=True):
     """-> TinyRAE of the sizes in config. Nobody publishes its weights: a run trains them."""
     if name != "tiny":
-        raise UserError(f"--autoencoder {name}: the one that there is is tiny")
+        raise UserError(f"--autoencoder {name}: there is only tiny")
     return TinyRAE(config or Config())
 
 
@@ -856,15 +856,15 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, angle=math.pi / 2, schedule
     """Random points of the sphere to clean latents [B, N, C], with `steps` calls of the denoiser.
 
     labels [B]; cfg_scale 1 is off; angle, radians: how far the point is tilted back before the next
-    step, each time ("fixed") or less and less ("decaying"); noise [B, N, C]: e, None draws it. The
-    last output is returned as it is; with return_path: (z, [each noisy point, each output]).
+    step, each time ("fixed") or less and less ("decaying"). noise: e of all steps [B, N, C] or of
+    each [steps, B, N, C]; None draws it, once or, with fresh_noise, for each step. The last output
+    is returned as it is; with return_path: (z, [each noisy point and each output in turn]).
     """
-    tokens, width = denoiser.positions.shape
-    shape = (len(labels), tokens, denoiser.head.out_features)
-
-    def draw():
-        device = generator.device if generator else None
-        return torch.randn(shape, generator=generator, device=device).to(labels.device)
+    if noise is None:
+        shape = len(labels), len(denoiser.positions), denoiser.head.out_features
+        noise = torch.randn((steps, *shape) if fresh_noise else shape, generator=generator,
+                            device=generator.device if generator else None).to(labels.device)
+    project, path = spherify if sphere else lambda z: z, []
 
     def denoise(v):
         if cfg_scale == 1:
@@ -872,34 +872,44 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, angle=math.pi / 2, schedule
         null = torch.full_like(labels, denoiser.num_classes)
         z, z_null = denoiser(v.repeat(2, 1, 1), torch.cat([labels, null])).float().chunk(2)
         return z_null + cfg_scale * (z - z_null)
-    project = spherify if sphere else lambda z: z
-    e = draw() if noise is None else noise
-    v = project(e)                                                           # [B, N, C]
-    path = [v, z := denoise(v)]
-    for k in range(1, steps):
+
+    for k, e in enumerate(noise.expand(steps, *noise.shape[-3:])):
         alpha = angle if schedule == "fixed" else angle * (1 - k / steps)
-        e = draw() if fresh_noise else e
-        v = project(tilt(project(z), e, alpha))
-        path += [v, z := denoise(v)]
+        v = project(tilt(project(z), e, alpha) if k else e)                  # [B, N, C]
+        z = denoise(v)                                                       # [B, N, C]
+        path += [v, z]
     return (z, path) if return_path else z
 
 
-def seeded_noise(count, latent_shape, seed):
-    """Noise [count, N, C]; number i depends on the seed and i alone, however many are asked for."""
-    return torch.stack([torch.randn(latent_shape, generator=seeded(seed, i)) for i in range(count)])
+def seeded_noise(count, latent_shape, seed, draws=1):
+    """Noise [draws, count, N, C]; that of image i depends on the seed and i alone."""
+    generators = [seeded(seed, i) for i in range(count)]
+    return torch.stack([torch.stack([torch.randn(latent_shape, generator=generator)
+                                     for generator in generators]) for _ in range(draws)])
 
 
 @torch.no_grad()
-def sample_images(denoiser, autoencoder, labels, noise, config, steps=None, batch=100):
-    """Sample as config says and decode once: labels [n], noise [n, N, C] -> images [n, 3, H, W]."""
+def sample_images(denoiser, autoencoder, labels, config, batch=100):
+    """Sample as config says and decode once: labels [n] -> images [n, 3, H, W].
+
+    An image depends on its label, its place i and the seed, not on how many are drawn at a time.
+    """
     device, images = denoiser.positions.device, []
-    for y, e in zip(labels.split(batch), noise.split(batch)):
+    draws = config.steps if config.fresh_noise else 1
+    noise = seeded_noise(len(labels), autoencoder.latent_shape, config.seed, draws)
+    for y, e in zip(labels.split(batch), noise.split(batch, dim=1)):
         with autocast(device):
-            z = sample(denoiser, y.to(device), steps or config.steps, config.cfg_scale,
-                       math.radians(config.tilt), config.tilt_schedule, config.fresh_noise,
-                       config.spherify, e.to(device), seeded(config.seed, -1))
+            z = sample(denoiser, y.to(device), config.steps, config.cfg_scale, noise=e.to(device),
+                       angle=math.radians(config.tilt), schedule=config.tilt_schedule,
+                       sphere=config.spherify)
             images.append(autoencoder.decode(z).cpu())
     return torch.cat(images)
+
+
+def at_each_step_count(denoiser, autoencoder, labels, config):
+    """-> {1: images [n, 3, H, W], 2: ..., 4: ..., 6: ...}: the same noise, that many steps."""
+    configs = [dataclasses.replace(config, steps=steps) for steps in (1, 2, 4, 6)]
+    return {c.steps: sample_images(denoiser, autoencoder, labels, c) for c in configs}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -935,12 +945,10 @@ def latent_gaussian(autoencoder, images):
 def evaluate_run(config, autoencoder, denoiser, classes, real, path):
     """Print, and write to `path`, the Fréchet distance to `real` at 1, 2, 4 and 6 steps."""
     labels = torch.arange(config.eval_samples) % len(classes)
-    noise = seeded_noise(len(labels), autoencoder.latent_shape, config.seed)
     reference, rows = latent_gaussian(autoencoder, real.pixels / 255), []
     print(f"Fréchet distance in latents of the frozen autoencoder ({config.autoencoder}), "
           f"{len(labels)} samples against {len(real)} held-out images, CFG {config.cfg_scale:g}:")
-    for steps in FEW_STEPS:
-        images = sample_images(denoiser, autoencoder, labels, noise, config, steps)
+    for steps, images in at_each_step_count(denoiser, autoencoder, labels, config).items():
         d = frechet_distance(*latent_gaussian(autoencoder, images), *reference)
         print(f"  {steps} step{'s' if steps > 1 else ' '}  Fréchet distance {d:.3f}")
         rows.append([steps, d])
@@ -956,7 +964,7 @@ def picture(path, rows, row_names, column_names=None, title=""):
     from matplotlib.figure import Figure
     side, columns = rows[0].shape[-1], len(rows[0])
     sheet = rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c").numpy()
-    width, height = columns + 1.2, len(rows) + 0.7                           # an inch an image
+    width, height = columns + 1.2, len(rows) + 0.5                           # an inch an image
     figure = Figure((width, height), dpi=128)
     axes = figure.add_axes((1.1 / width, 0.02, columns / width, len(rows) / height))
     axes.imshow(sheet, aspect="auto")
@@ -971,11 +979,10 @@ def picture(path, rows, row_names, column_names=None, title=""):
 
 def sample_figure(denoiser, autoencoder, classes, config, path):
     """The same random points after 1, 2, 4 and 6 steps, a class a column."""
-    labels = torch.arange(12) % len(classes) if len(classes) < 12 else torch.arange(12)
-    noise = seeded_noise(len(labels), autoencoder.latent_shape, config.seed)
-    rows = [sample_images(denoiser, autoencoder, labels, noise, config, n) for n in FEW_STEPS]
-    names = [f"{n} step{'s' * (n > 1)}" for n in FEW_STEPS]
-    picture(path, rows, names, [classes[y] for y in labels])
+    labels = torch.arange(12) % len(classes)
+    rows = at_each_step_count(denoiser, autoencoder, labels, config)
+    names = [f"{steps} step{'s' * (steps > 1)}" for steps in rows]
+    picture(path, list(rows.values()), names, [classes[y] for y in labels])
 
 
 def reconstruction_figure(autoencoder, images, path):
@@ -1033,22 +1040,23 @@ def train_command(given):
     """Learn the autoencoder and the denoiser, then draw samples and measure them."""
     if "resume" in given and set(given) - {"resume", "device"}:
         raise UserError("--resume takes all from the run folder: no other flag but --device")
-    start = preset(given.get("dataset", "drawn"))
-    print(f"The pictures are in {train(dataclasses.replace(start, **given))}")
+    config = dataclasses.replace(preset(given.get("dataset", "drawn")), **given)
+    print(f"The pictures are in {train(config)}")
 
 
 def sample_command(given):
     """Draw images from a checkpoint."""
     wanted, count = given.pop("classes", None), given.pop("count", 8)
-    config, autoencoder, denoiser, out = open_checkpoint(given, "drawn_samples.png")
+    config, autoencoder, denoiser, out = open_checkpoint(given, "sampled.png")
     classes = denoiser.classes
     numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
     chosen = [numbers.get(name) for name in wanted or classes]
-    if None in chosen or count < 1:
-        raise UserError(f"--classes: choose from {', '.join(classes)}; --count: at least 1")
+    if None in chosen:
+        raise UserError(f"--classes {' '.join(wanted)}: choose from {', '.join(classes)}")
+    if count < 1:
+        raise UserError(f"--count {count}: must be at least 1")
     labels = torch.tensor(chosen).repeat_interleave(count)
-    noise = seeded_noise(len(labels), autoencoder.latent_shape, config.seed)
-    images = sample_images(denoiser, autoencoder, labels, noise, config)
+    images = sample_images(denoiser, autoencoder, labels, config)
     picture(out, images.split(count), [classes[y] for y in chosen])
     print(out)
 
@@ -1090,6 +1098,7 @@ def build_parser():
             command.add_argument("--" + name.replace("_", "-"), help=text, **kind)
         command.set_defaults(function=function)
         return command
+
     sampling = ["cfg_scale", "tilt", "tilt_schedule", "fresh_noise", "seed", "device"]
     add(train_command, fields)
     draw = add(sample_command, ["steps", *sampling])

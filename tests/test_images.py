@@ -40,7 +40,7 @@ def test_class_folders_are_split_without_overlap(tmp_path):
 
 
 def test_images_alone_are_one_class(tmp_path):
-    for i in range(3):
+    for i in range(5):
         save(tmp_path / f"{i}.jpg")
     assert sl.load_images(folder_config(tmp_path), "train").classes == [tmp_path.name]
 
@@ -102,3 +102,13 @@ def test_cifar10_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", refuse)
     with pytest.raises(sl.UserError, match="no network.*cifar-10-python.tar.gz"):
         sl.load_images(sl.dataclasses.replace(sl.preset("cifar10"), data_dir=str(tmp_path)), "train")
+
+
+def test_a_handful_of_images_still_has_both_splits(tmp_path):
+    for i in range(4):
+        save(tmp_path / f"{i}.png")
+    config = folder_config(tmp_path)
+    assert len(sl.load_images(config, "train")) == len(sl.load_images(config, "test")) == 2
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(sl.UserError, match="too few"):
+        sl.load_images(folder_config(tmp_path), "train")
