@@ -107,7 +107,7 @@ class Config:
     cfg_scale: float = option(1.5, "classifier-free guidance; 1 is off")
     tilt: float = option(90.0, "angle of the noise between steps, degrees")
     tilt_schedule: str = option("decaying", "the angle over the steps", ("decaying", "fixed"))
-    fresh_noise: bool = option(False, "new noise at each step instead of the same")
+    fresh_noise: bool = option(True, "new noise at each step (off: the same at all steps)")
     eval_samples: int = option(600, "samples behind each Fréchet distance", least=2)
     # the run
     seed: int = option(0, "seed of everything random")
@@ -133,7 +133,7 @@ class Config:
 
 def preset(dataset):
     """The Config that a data set starts from."""
-    changes = {"folder": {"train_steps": 9000, "autoencoder_steps": 4000}, "cifar10": {
+    changes = {"folder": {"train_steps": 9000, "autoencoder_steps": 4000, "cfg_scale": 3.0}, "cifar10": {
         "image_size": 32, "patch_size": 4, "latent_channels": 16, "model_size": "S"}}
     return Config(dataset=dataset, **changes.get(dataset, {}))
 
@@ -192,7 +192,7 @@ def draw_flowers(labels, size, generator):
     spot = ((x - uniform(0, 1)) ** 2 + (y - uniform(0, 1)) ** 2) / uniform(.08, .25) ** 2
     image = torch.lerp(image, ground(), torch.exp(-spot) * uniform(0, .7))
     stem = .013 - (x - cx - uniform(-.6, .6) * (y - cy) ** 2).abs()
-    green = torch.tensor([.20, .46, .14]).view(3, 1, 1) + uniform(-.06, .06, 3)
+    green = torch.tensor([[[.20]], [[.46]], [[.14]]]) + uniform(-.06, .06, 3)
     image = torch.lerp(image, green, cover(stem) * (y > cy))
 
     # polar coordinates around the centre of a flower that leans; its shadow; petals; centre
@@ -281,8 +281,7 @@ def folder_images(data_dir, size):
         images = list(tqdm(pool.map(read, paths), "reading images", len(paths), unit="img"))
     good = [i for i, image in enumerate(images) if image is not None]
     if len(good) < max(4, 0.99 * len(paths)):
-        raise UserError(f"--data-dir {root}: too few of its images can be read, {len(good)} of "
-                        f"{len(paths)}")
+        raise UserError(f"--data-dir {root}: {len(good)} of {len(paths)} images readable: too few")
     return (Images(torch.stack([images[i] for i in good]), [paths[i][1] for i in good], groups),
             [str(paths[i][0].relative_to(root)) for i in good])
 
@@ -297,7 +296,7 @@ def load_images(config, split):
         try:
             data = torchvision.datasets.CIFAR10(config.data_dir, train=not in_test, download=True)
         except Exception as error:
-            raise UserError(f"CIFAR-10 is not in {config.data_dir} and cannot be fetched ({error}). Put "
+            raise UserError(f"CIFAR-10 is not in {config.data_dir} and no download ({error}). Put "
                             f"cifar-10-python.tar.gz there, or leave out --dataset") from None
         return Images(torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets, data.classes)
     images, names = folder_images(config.data_dir, config.image_size)
@@ -608,8 +607,7 @@ def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large
 
 def resolve_device(name):
     if name == "auto":
-        found = torch.cuda.is_available(), torch.backends.mps.is_available(), True
-        name = ("cuda", "mps", "cpu")[found.index(True)]
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -645,8 +643,7 @@ def read_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Exception as error:
-        name = type(error).__name__
-        raise UserError(f"{path} is damaged, or no checkpoint of this program ({name})") from None
+        raise UserError(f"{path} is damaged or foreign ({type(error).__name__})") from None
 
 
 def write_table(path, names, rows):
@@ -699,8 +696,7 @@ def optimise(model, losses_of, steps, config, path, log, keep, on_save=lambda av
     with deferred_interrupt() as asked, tqdm(total=steps * batch, initial=step * batch, unit="img",
                                              unit_scale=True, desc=path.stem) as bar:
         while step < steps and not asked:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate_at(step, steps, config)
+            optimiser.param_groups[0]["lr"] = learning_rate_at(step, steps, config)
             losses = losses_of(step)
             optimiser.zero_grad(set_to_none=True)
             losses["total"].backward()
@@ -747,23 +743,20 @@ def fit_autoencoder(config, images, folder, device):
         generator = seeded(config.seed, step)
         chosen = torch.randint(len(images), (config.batch_size,), generator=generator)
         x = pixel_batch(images, chosen, device)
-        if config.flips:
-            mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
-            x = torch.where(mirrored.to(device), x.flip(3), x)
+        mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5 * config.flips
+        x = torch.where(mirrored.to(device), x.flip(3), x)
         with autocast(device):
             z = autoencoder.encode_raw(x)
             sigma = config.autoencoder_noise * torch.randn(len(z), 1, 1, generator=generator).abs()
             noise = sigma * torch.randn(z.shape, generator=generator)
             y = autoencoder.decode_raw(z + noise.to(device))
-        pixels = F.l1_loss(y, x)
         edges = sum(F.l1_loss(y.diff(dim=axis), x.diff(dim=axis)) for axis in (2, 3))
-        return {"pixels": pixels, "edges": edges, "total": pixels + edges}
+        return {"pixels": F.l1_loss(y, x), "edges": edges, "total": F.l1_loss(y, x) + edges}
 
     autoencoder = optimise(autoencoder, losses_of, config.autoencoder_steps, config,
                            folder / "autoencoder.pt", folder / "autoencoder.csv", {})
     z, _ = encode_all(autoencoder, images, config, device)
-    autoencoder.latent_mean.copy_(z.mean((0, 1))[None])
-    autoencoder.latent_var.copy_(z.var((0, 1))[None])
+    autoencoder.latent_mean[0], autoencoder.latent_var[0] = z.mean((0, 1)), z.var((0, 1))
     return autoencoder
 
 
@@ -812,6 +805,10 @@ def train(config):
     folder, config = open_run(config)
     device = resolve_device(config.device)
     images, held_out = load_images(config, "train"), load_images(config, "test")
+    if not config.resume:                                    # an old run goes only now
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     if (folder / "checkpoint.pt").exists():
         autoencoder = load_autoencoder(config.autoencoder, config)
         autoencoder.load_state_dict(read_checkpoint(folder / "checkpoint.pt")["autoencoder"])
@@ -835,15 +832,13 @@ def open_run(config):
         if not states:
             raise UserError(f"--resume {folder}: no checkpoint.pt or autoencoder.pt in it")
         saved = read_checkpoint(states[0])["config"]
-        return folder, dataclasses.replace(saved, device=config.device)
+        return folder, dataclasses.replace(saved, resume=config.resume, device=config.device)
     if held and not config.overwrite:
         raise UserError(f"{folder} already holds a run: go on with it (--resume {folder}), replace "
                         f"it (--overwrite), or choose another --out")
-    for path in held:
-        path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-    return folder, config
+    data_dir = str(pathlib.Path(config.data_dir).resolve())          # --resume works from anywhere
+    return folder, dataclasses.replace(config, data_dir=data_dir)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -950,7 +945,7 @@ def evaluate_run(config, autoencoder, denoiser, classes, real, path):
           f"{len(labels)} samples against {len(real)} held-out images, CFG {config.cfg_scale:g}:")
     for steps, images in at_each_step_count(denoiser, autoencoder, labels, config).items():
         d = frechet_distance(*latent_gaussian(autoencoder, images), *reference)
-        print(f"  {steps} step{'s' if steps > 1 else ' '}  Fréchet distance {d:.3f}")
+        print(f"  steps: {steps}   Fréchet distance {d:.3f}")
         rows.append([steps, d])
     write_table(path, ["steps", "frechet_distance"], rows)
 
@@ -981,14 +976,13 @@ def sample_figure(denoiser, autoencoder, classes, config, path):
     """The same random points after 1, 2, 4 and 6 steps, a class a column."""
     labels = torch.arange(12) % len(classes)
     rows = at_each_step_count(denoiser, autoencoder, labels, config)
-    names = [f"{steps} step{'s' * (steps > 1)}" for steps in rows]
-    picture(path, list(rows.values()), names, [classes[y] for y in labels])
+    picture(path, [*rows.values()], [f"steps: {n}" for n in rows], [classes[y] for y in labels])
 
 
 def reconstruction_figure(autoencoder, images, path):
     """Held-out images above what the autoencoder makes of them -> mean PSNR of 60, decibels."""
     device = autoencoder.latent_mean.device
-    chosen = torch.linspace(0, len(images) - 1, 60).long()
+    chosen = torch.randperm(len(images), generator=seeded(0, 0))[:60]
     x = images.pixels[chosen] / 255
     with torch.no_grad(), autocast(device):
         y = autoencoder.decode(autoencoder.encode(x.to(device))).cpu()
@@ -1118,7 +1112,7 @@ def main(argv=None):
         given.pop("command")
         given.pop("function")(given)
         return 0
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"sphere_latent.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:

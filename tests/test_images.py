@@ -88,7 +88,7 @@ def test_unreadable_files_are_named_and_few_are_skipped(tmp_path, capsys):
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
-    with pytest.raises(sl.UserError, match="can be read"):
+    with pytest.raises(sl.UserError, match="too few"):
         sl.load_images(folder_config(tmp_path), "train")
     with pytest.raises(sl.UserError, match="no such folder"):
         sl.load_images(folder_config(tmp_path / "absent"), "train")
