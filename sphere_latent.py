@@ -9,8 +9,8 @@ The method, after "Efficient Image Synthesis with Sphere Latent Encoder" (arXiv 
        reconstruction      z_hat_small is z                      (little noise: come back)
        consistency         z_hat_large is z_hat_small            (much noise: land where little did)
        latent consistency  f(z_hat_large) points where v points  (1 - cosine)
-  5. To draw an image: v = f(e), z_hat = denoise(v); then, for each further step, tilt f(z_hat) back
-     towards the same e, by less each time, and denoise again. Decode the last z_hat, once.
+  5. To draw an image: v = f(e), z_hat = denoise(v); then, for each further step, tilt f(z_hat)
+     back into noise, by a smaller angle each time, and denoise again. Decode the last z_hat, once.
 
 Commands, from the smallest:
   python sphere_latent.py train                                  5 minutes on two CPU cores, offline
@@ -21,11 +21,10 @@ Commands, from the smallest:
 Contents: 1 Configuration, 2 Images, 3 The transformer, 4 Frozen autoencoders, 5 The sphere,
 6 The three losses, 7 Training, 8 Sampling, 9 Evaluation, 10 Figures, 11 Command line.
 
-Differences from the paper (its weights of the losses, its logit-normal, its sampler's noise and its
-optimiser settings are not known to us; ours come from the ablations in the README):
-  - the autoencoder is TinyRAE, trained here in minutes, in place of DINOv2 and a ViT-XL decoder;
-  - the logit-normal has mean 1.2, so that large angles come more often;
-  - the angle between steps decays; the predecessor, Sphere Encoder, keeps it fixed.
+Differences from the paper: the autoencoder is TinyRAE, trained here in minutes, in place of DINOv2
+and a ViT-XL decoder. Its loss weights, its logit-normal, its sampler's noise and its optimiser are
+not known to us; ours come from the ablations in the README: a logit-normal of mean 1.2, and new
+noise at a smaller angle for each step (Sphere Encoder, the predecessor, found both best fixed).
 That the denoiser is not told the noise level is our inference from the published parameter count.
 """
 import argparse
@@ -41,7 +40,6 @@ import pathlib
 import signal
 import sys
 import time
-import warnings
 import zlib
 
 import numpy as np
@@ -105,7 +103,7 @@ class Config:
     # sampling and evaluation
     steps: int = option(4, "denoiser steps to make an image", least=1)
     cfg_scale: float = option(1.5, "classifier-free guidance; 1 is off")
-    tilt: float = option(90.0, "angle of the noise between steps, degrees")
+    tilt: float = option(90.0, "angle back into noise, degrees; decaying: (1 - k / steps) times it")
     tilt_schedule: str = option("decaying", "the angle over the steps", ("decaying", "fixed"))
     fresh_noise: bool = option(True, "new noise at each step (off: the same at all steps)")
     eval_samples: int = option(600, "samples behind each Fréchet distance", least=2)
@@ -123,23 +121,25 @@ class Config:
             choices, least = field.metadata["choices"], field.metadata["least"]
             if choices and value not in choices:
                 raise UserError(f"{flag} {value}: choose from {', '.join(choices)}")
-            if field.type in (int, float) and not least <= value < 1e18:
+            if field.type in (int, float) and not least <= value < 1e12:     # nan neither
                 raise UserError(f"{flag} {value}: must be a number of at least {least}")
-        if self.image_size % self.patch_size:
-            raise UserError(f"--image-size must be a multiple of --patch-size {self.patch_size}")
+        if self.image_size % self.patch_size or self.image_size == self.patch_size:
+            raise UserError(f"--image-size must be 2 or more times --patch-size {self.patch_size}")
+        if self.autoencoder_width % (64 if self.autoencoder_width > 64 else 4):
+            raise UserError("--autoencoder-width must be a multiple of 64; of 4, if it is below 64")
+        if self.max_angle > (89 if self.noise_distribution == "uniform-tangent" else 90):
+            raise UserError("--max-angle: at most 90; for uniform-tangent 89 (tan 90 is infinite)")
         if self.latent_channels > 3 * self.patch_size ** 2:
             raise UserError(f"--latent-channels: a patch has {3 * self.patch_size ** 2} numbers")
 
 
 def preset(dataset):
     """The Config that a data set starts from."""
-    changes = {"folder": {"train_steps": 9000, "autoencoder_steps": 4000, "cfg_scale": 3.0}, "cifar10": {
-        "image_size": 32, "patch_size": 4, "latent_channels": 16, "model_size": "S"}}
+    changes = {"folder": dict(train_steps=9000, autoencoder_steps=4000, cfg_scale=3.0),
+               "cifar10": dict(image_size=32, patch_size=4, latent_channels=16, model_size="S")}
     return Config(dataset=dataset, **changes.get(dataset, {}))
 
 
-RUN_FILES = ("checkpoint.pt", "autoencoder.pt", "config.json", "log.csv", "autoencoder.csv",
-             "frechet.csv", "loss.png", "samples.png", "reconstructions.png")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -237,8 +237,9 @@ def drawn_images(split, size, seed=0):
 
 def open_image(path, size):
     """Any image file -> uint8 [3, size, size]: upright, on white, scaled, the centre cropped."""
-    with warnings.catch_warnings(), Image.open(path) as image:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with Image.open(path) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError("a decompression bomb")
         image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode no more than is needed
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):                # 16 bits a pixel, or unbounded
@@ -252,38 +253,33 @@ def open_image(path, size):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def files_by_class(root):
-    """-> {class name: image files}: a class a folder; images without folders are one class."""
-    endings = tuple(Image.registered_extensions())
-
-    def files(folder):
-        return sorted(pathlib.Path(at, name) for at, _, names in os.walk(folder) for name in names
-                      if name.lower().endswith(endings))
-    groups = {folder.name: files(folder) for folder in sorted(root.iterdir()) if folder.is_dir()}
-    return {name: paths for name, paths in groups.items() if paths} or {root.name: files(root)}
-
-
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)                              # one reading serves both splits
 def folder_images(data_dir, size):
-    """Every readable image under data_dir -> Images, relative names. Unreadable ones are named."""
-    root = pathlib.Path(data_dir)
+    """Every readable image under data_dir -> Images, relative names. Unreadable ones are named.
+
+    The class of an image is the first folder of its name; images in no folder are a class as well.
+    """
+    root, endings = pathlib.Path(data_dir), Image.registered_extensions()
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: no such folder")
-    groups = files_by_class(root)
-    paths = [(path, label) for label, group in enumerate(groups.values()) for path in group]
+    names = sorted(path.relative_to(root) for path in root.rglob("*")
+                   if path.suffix.lower() in endings)
 
-    def read(item):
+    def read(name):
         try:
-            return open_image(item[0], size)
+            return open_image(root / name, size)
         except Exception as error:                           # image decoders raise anything at all
-            tqdm.write(f"skipped {item[0]} ({type(error).__name__})", file=sys.stderr)
+            tqdm.write(f"skipped {root / name} ({type(error).__name__})", file=sys.stderr)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        images = list(tqdm(pool.map(read, paths), "reading images", len(paths), unit="img"))
-    good = [i for i, image in enumerate(images) if image is not None]
-    if len(good) < max(4, 0.99 * len(paths)):
-        raise UserError(f"--data-dir {root}: {len(good)} of {len(paths)} images readable: too few")
-    return (Images(torch.stack([images[i] for i in good]), [paths[i][1] for i in good], groups),
-            [str(paths[i][0].relative_to(root)) for i in good])
+        images = tqdm(pool.map(read, names), "reading images", len(names), unit="img")
+        good = [(name, image) for name, image in zip(names, images) if image is not None]
+    if len(good) < max(4, 0.99 * len(names)):                # 4: two for each split
+        raise UserError(f"--data-dir {root}: {len(good)} of {len(names)} images readable: too few")
+    owners = [name.parts[0] if len(name.parts) > 1 else root.name for name, _ in good]
+    classes = sorted(set(owners))
+    labels = [classes.index(owner) for owner in owners]
+    return (Images(torch.stack([image for _, image in good]), labels, classes),
+            [str(name) for name, _ in good])
 
 
 def load_images(config, split):
@@ -311,15 +307,11 @@ def load_images(config, split):
 # --------------------------------------------------------------------------------------------------
 #     B batch   N tokens   C channels of a token   D width   H heads   K = D / H
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Divide by the root mean square over the last axis; one learned weight a channel."""
 
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-6)
+    def forward(self, x):                                    # in bf16 too, without a warning
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), eps=1e-6)
 
 
 class Block(nn.Module):
@@ -339,7 +331,7 @@ class Block(nn.Module):
         q, k, v = (rearrange(project(x), "b n (h k) -> b h n k", h=self.heads)
                    for project in (self.q, self.k, self.v))                  # [B, H, N, K] each
         q, k = self.q_norm(q), self.k_norm(k)
-        if x.device.type == "cpu" and torch.is_grad_enabled():               # 1.5x faster there
+        if x.device.type == "cpu" and torch.is_grad_enabled():              # measured: faster
             weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)    # [B, H, N, N]
             y = weights.to(v.dtype) @ v
         else:
@@ -399,8 +391,8 @@ def sincos_positions(tokens, width):
 class Denoiser(Transformer):
     """Noisy latents [B, N, C] and labels [B] -> clean ones [B, N, C]; null label: num_classes.
 
-    It is not told the noise level: on the sphere every input is of one length, and the angle to the
-    data has to be read from the content.
+    It is not told the noise level: on the sphere every input has the same length, and the angle to
+    the data has to be read from the content.
     """
 
     def __init__(self, latent_shape, num_classes, width, depth, heads):
@@ -410,7 +402,7 @@ class Denoiser(Transformer):
     def forward(self, v, labels):
         if labels.device.type == "cpu" and not ((0 <= labels) & (labels <= self.num_classes)).all():
             raise ValueError(f"labels go from 0 to {self.num_classes} (the null label): {labels}")
-        return super().forward(v, labels)
+        return super().forward(v, labels)                    # on a GPU, looking would mean waiting
 
 
 MODEL_SIZES = {"tiny": (256, 6, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16),
@@ -430,9 +422,9 @@ def denoiser_for(config, latent_shape, num_classes):
 class TinyRAE(nn.Module):
     """A small autoencoder that is trained first and then frozen, in the place of the paper's RAE.
 
-    It starts as PCA of the patches, the best linear autoencoder; a transformer on each side, zero
-    at first, learns the rest. The decoder is trained on noisy latents, as RAE's is, so that it
-    forgives the denoiser's errors. Latents are normalised with latent_mean and latent_var.
+    It starts as PCA of the patches (the best linear autoencoder), but for the length of a latent,
+    which spherify drops; a transformer on each side, zero at first, learns the rest. The decoder is
+    trained on noisy latents, so that it forgives the denoiser's errors.
     """
 
     def __init__(self, config):
@@ -495,15 +487,14 @@ class TinyRAE(nn.Module):
 
 def load_autoencoder(name, config=None, pretrained=True):
     """-> TinyRAE of the sizes in config. Nobody publishes its weights: a run trains them."""
-    if name != "tiny":
-        raise UserError(f"--autoencoder {name}: there is only tiny")
-    return TinyRAE(config or Config())
+    return TinyRAE(dataclasses.replace(config or Config(), autoencoder=name))
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. The sphere
 # --------------------------------------------------------------------------------------------------
 #     A latent [N, C] is one vector of L = N C numbers; the sphere has the radius sqrt(L).
+#     slerp and angle_between are for looking and editing.
 
 def spherify(z):
     """f(z): divide by the root mean square over all but the batch axis: the norm becomes sqrt(L).
@@ -584,7 +575,7 @@ def latent_consistency_loss(v_hat_large, v):
 
 
 def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large, config):
-    """The training loss of both papers, for one batch.
+    """The training loss of Sphere Latent Encoder and, but for its perceptual term, Sphere Encoder.
 
     Sphere Latent Encoder: decode = the denoiser, encode = f, target = the clean latent.
     Sphere Encoder:        decode = D, encode = f o E, target = the image.
@@ -616,14 +607,15 @@ def resolve_device(name):
 
 def autocast(device):
     """bf16 where the hardware multiplies it faster than fp32; elsewhere nothing."""
-    pays = (torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and
-            (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
+    pays = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) or
+            device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or
+                                      torch.cpu._is_amx_tile_supported()))
     return torch.autocast(device.type, torch.bfloat16, enabled=pays)
 
 
 def seeded(seed, number):
-    """All randomness of update `number` comes from here: a resumed run needs no generator state."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+    """The generator of update, or of image, `number`: a resumed run needs no generator state."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)      # a prime: seeds stay apart
 
 
 def save_checkpoint(path, state):
@@ -655,17 +647,6 @@ def read_table(path):
     return np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))
 
 
-@contextlib.contextmanager
-def deferred_interrupt():
-    """Turn Ctrl-C into an entry of the yielded list, so that no update is cut in two."""
-    asked = []
-    previous = signal.signal(signal.SIGINT, lambda *_: asked.append("Ctrl-C"))
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 def learning_rate_at(step, steps, config):
     """Linear warm-up, then constant, then linear decay over the second half."""
     warmup = (step + 1) / max(1, config.warmup_steps)
@@ -684,17 +665,20 @@ def optimise(model, losses_of, steps, config, path, log, keep, on_save=lambda av
     optimiser = torch.optim.AdamW(weights, config.learning_rate, betas=(0.9, 0.95), weight_decay=0,
                                   fused=device.type != "mps")
     parts = {"model": model, "ema": average, "optimiser": optimiser}
-    step, table, recent, began = 0, [], [], time.time()
+    step, table, recent, asked, began = 0, [], [], [], time.time()
     if path.exists():
         state = read_checkpoint(path, device)
         for name, part in parts.items():
             part.load_state_dict(state[name])
         step, rows = state["step"], read_table(log)
         table = rows[rows["step"] <= state["step"]].tolist()
+        began -= table[-1][-1]
 
     batch = config.batch_size
-    with deferred_interrupt() as asked, tqdm(total=steps * batch, initial=step * batch, unit="img",
-                                             unit_scale=True, desc=path.stem) as bar:
+    progress = dict(total=steps * batch, initial=step * batch, desc=path.stem)
+    with contextlib.ExitStack() as at_exit, tqdm(**progress, unit="img", unit_scale=True) as bar:
+        before = signal.signal(signal.SIGINT, lambda *_: asked.append("Ctrl-C"))
+        at_exit.callback(signal.signal, signal.SIGINT, before)
         while step < steps and not asked:
             optimiser.param_groups[0]["lr"] = learning_rate_at(step, steps, config)
             losses = losses_of(step)
@@ -708,7 +692,7 @@ def optimise(model, losses_of, steps, config, path, log, keep, on_save=lambda av
                 torch._foreach_lerp_(averaged, weights, 1 - decay)
             recent.append(torch.stack([loss.detach() for loss in losses.values()]))
             bar.update(batch)
-            save = step % config.save_every == 0 or step == steps or asked
+            save = step % config.save_every == 0 or step == steps or asked   # the list itself
             if step % 10 == 0 or save:
                 means = dict(zip(losses, torch.stack(recent).mean(0).tolist()))
                 recent.clear()
@@ -763,12 +747,9 @@ def fit_autoencoder(config, images, folder, device):
 @torch.no_grad()
 def encode_all(autoencoder, images, config, device):
     """Encode once what training reads often -> latents [n, N, C], labels [n]; flips double n."""
-    latents = []
+    pixels = torch.cat([images.pixels, images.pixels.flip(3)][:1 + config.flips])
     with autocast(device):
-        for mirrored in (False, True)[:1 + config.flips]:
-            for chosen in torch.arange(len(images)).split(256):
-                x = pixel_batch(images, chosen, device)
-                latents.append(autoencoder.encode(x.flip(3) if mirrored else x).float().cpu())
+        latents = [autoencoder.encode(x.to(device) / 255).cpu() for x in pixels.split(256)]
     return torch.cat(latents), images.labels.repeat(1 + config.flips)
 
 
@@ -810,9 +791,7 @@ def train(config):
             (folder / name).unlink(missing_ok=True)
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     if (folder / "checkpoint.pt").exists():
-        autoencoder = load_autoencoder(config.autoencoder, config)
-        autoencoder.load_state_dict(read_checkpoint(folder / "checkpoint.pt")["autoencoder"])
-        autoencoder.to(device).eval().requires_grad_(False)
+        autoencoder = load_run(folder, device)[1]
     else:
         autoencoder = fit_autoencoder(config, images, folder, device)
     reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
@@ -821,6 +800,10 @@ def train(config):
     loss_figure(folder)
     evaluate_run(config, autoencoder, denoiser, images.classes, held_out, folder / "frechet.csv")
     return folder
+
+
+RUN_FILES = ("checkpoint.pt", "autoencoder.pt", "log.csv", "autoencoder.csv", "frechet.csv",
+             "loss.png", "samples.png", "reconstructions.png")
 
 
 def open_run(config):
@@ -847,7 +830,7 @@ def open_run(config):
 
 @torch.no_grad()
 def sample(denoiser, labels, steps=4, cfg_scale=1.0, angle=math.pi / 2, schedule="decaying",
-           fresh_noise=False, sphere=True, noise=None, generator=None, return_path=False):
+           fresh_noise=True, sphere=True, noise=None, generator=None, return_path=False):
     """Random points of the sphere to clean latents [B, N, C], with `steps` calls of the denoiser.
 
     labels [B]; cfg_scale 1 is off; angle, radians: how far the point is tilted back before the next
@@ -929,11 +912,9 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
 def latent_gaussian(autoencoder, images):
     """Mean and covariance of the features of images [n, 3, H, W]: each channel's mean and standard
     deviation over the tokens of the latent, 2C numbers an image."""
-    device, features = autoencoder.latent_mean.device, []
-    for x in images.split(100):
-        z = autoencoder.encode(x.to(device)).cpu().double()                  # [B, N, C]
-        features.append(torch.cat([z.mean(1), z.std(1)], dim=1))             # [B, 2C]
-    features = torch.cat(features)
+    device = autoencoder.latent_mean.device
+    z = torch.cat([autoencoder.encode(x.to(device)).cpu() for x in images.split(100)]).double()
+    features = torch.cat([z.mean(1), z.std(1)], dim=1)                       # [n, 2C]
     return features.mean(0), torch.cov(features.T)
 
 
@@ -1076,7 +1057,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser():
     """One flag a field of Config, with dashes; the result holds only the flags that were given."""
     parser = Parser(prog="sphere_latent.py", description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     fields = {field.name: field for field in dataclasses.fields(Config)}
 
     def add(function, names):
@@ -1109,7 +1090,6 @@ def main(argv=None):
     """Run one command -> exit code: 0, 2 for what a person can put right, 130 for Ctrl-C."""
     try:
         given = vars(build_parser().parse_args(argv))
-        given.pop("command")
         given.pop("function")(given)
         return 0
     except (UserError, OSError) as error:

@@ -120,8 +120,9 @@ def test_sampler_follows_its_description():
 def test_fresh_noise_and_generators():
     model, labels = small_denoiser(), torch.tensor([0, 2])
     draw = lambda **how: sl.sample(model, labels, generator=torch.Generator().manual_seed(0), **how)
-    assert torch.equal(draw(), draw()) and torch.equal(draw(fresh_noise=True), draw(fresh_noise=True))
-    assert not torch.equal(draw(), draw(fresh_noise=True))
+    assert torch.equal(draw(), draw()) and torch.equal(draw(fresh_noise=False), draw(fresh_noise=False))
+    path, same = (draw(fresh_noise=fresh, return_path=True)[1] for fresh in (True, False))
+    assert torch.equal(same[1], draw(fresh_noise=False, steps=1)) and not torch.equal(path[2], same[2])
 
 
 def test_guidance_is_linear():
