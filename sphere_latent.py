@@ -124,9 +124,10 @@ class Config:
             if field.type in (int, float) and not least <= value < 1e12:     # nan neither
                 raise UserError(f"{flag} {value}: must be a number of at least {least}")
         if self.image_size % self.patch_size or self.image_size == self.patch_size:
-            raise UserError(f"--image-size must be 2 or more times --patch-size {self.patch_size}")
+            raise UserError(f"--image-size {self.image_size}: must be a multiple of --patch-size "
+                            f"{self.patch_size}, and more than one patch")
         if self.autoencoder_width % (64 if self.autoencoder_width > 64 else 4):
-            raise UserError("--autoencoder-width must be a multiple of 64; of 4, if it is below 64")
+            raise UserError("--autoencoder-width must be a multiple of 64, or of 4 if below 64")
         if self.max_angle > (89 if self.noise_distribution == "uniform-tangent" else 90):
             raise UserError("--max-angle: at most 90; for uniform-tangent 89 (tan 90 is infinite)")
         if self.latent_channels > 3 * self.patch_size ** 2:

@@ -112,3 +112,18 @@ def test_a_handful_of_images_still_has_both_splits(tmp_path):
     (tmp_path / "3.png").unlink()
     with pytest.raises(sl.UserError, match="too few"):
         sl.load_images(folder_config(tmp_path), "train")
+
+
+def test_a_decompression_bomb_is_skipped(tmp_path, monkeypatch, capsys):
+    for i in range(150):
+        save(tmp_path / f"{i}.png", size=(9, 9))
+    save(tmp_path / "bomb.png", size=(50, 50))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    assert len(sl.folder_images(str(tmp_path), 8)[0]) == 150 and "bomb.png" in capsys.readouterr().err
+
+
+def test_loose_images_beside_class_folders_are_a_class_of_their_own(tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/3.png", "b/4.png", "5.png", "6.png"):
+        save(tmp_path / name)
+    images, names = sl.folder_images(str(tmp_path), 8)
+    assert images.classes == sorted(["a", "b", tmp_path.name]) and len(names) == 6

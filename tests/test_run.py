@@ -162,7 +162,9 @@ def test_sample_evaluate_reconstruct(run, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, expected", [
     ("train --train-steps 0", "--train-steps 0"), ("train --learning-rate nan", "--learning-rate nan"),
     ("train --batch-size many", "batch-size"), ("train --dataset dogs", "--dataset dogs"),
-    ("train --image-size 50", "multiple"), ("train --noise-distribution cosine", "noise-distribution"),
+    ("train --image-size 50", "multiple"), ("train --image-size 16", "multiple"),
+    ("train --autoencoder-width 130", "--autoencoder-width"), ("train --max-angle 120", "--max-angle"),
+    ("train --noise-distribution uniform-tangent", "--max-angle"), ("train --seed 100000000000000", "--seed"), ("train --noise-distribution cosine", "noise-distribution"),
     ("train --no-such-flag", "no-such-flag"), ("train --device potato", "--device potato"),
     ("paint", "paint"), ("", "COMMAND"), ("sample", "--checkpoint"),
     ("sample --checkpoint RUN --classes weed", "anemone"), ("sample --checkpoint RUN --steps 0", "--steps"),
