@@ -260,11 +260,11 @@ def folder_images(data_dir, size):
 
     The class of an image is the first folder of its name; images in no folder are a class as well.
     """
-    root, endings = pathlib.Path(data_dir), Image.registered_extensions()
+    root, kinds = pathlib.Path(data_dir), Image.registered_extensions()
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: no such folder")
     names = sorted(path.relative_to(root) for path in root.rglob("*")
-                   if path.suffix.lower() in endings)
+                   if kinds.get(path.suffix.lower()) in Image.OPEN and path.is_file())
 
     def read(name):
         try:
@@ -798,6 +798,7 @@ def train(config):
     reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
     latents, labels = encode_all(autoencoder, images, config, device)
     denoiser = fit_denoiser(config, latents, labels, autoencoder, images.classes, folder, device)
+    (folder / "autoencoder.pt").unlink(missing_ok=True)      # checkpoint.pt holds it too
     loss_figure(folder)
     evaluate_run(config, autoencoder, denoiser, images.classes, held_out, folder / "frechet.csv")
     return folder

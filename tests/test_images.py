@@ -1,4 +1,6 @@
 """Drawn flowers, and folders of images as people have them."""
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -127,3 +129,14 @@ def test_loose_images_beside_class_folders_are_a_class_of_their_own(tmp_path):
         save(tmp_path / name)
     images, names = sl.folder_images(str(tmp_path), 8)
     assert images.classes == sorted(["a", "b", tmp_path.name]) and len(names) == 6
+
+
+def test_what_is_no_image_file_is_passed_over(tmp_path):
+    for i in range(4):
+        save(tmp_path / f"{i}.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "absent.png")
+    (tmp_path / "paper.pdf").write_text("%PDF")
+    assert sl.folder_images(str(tmp_path), 8)[1] == [f"{i}.png" for i in range(4)]
