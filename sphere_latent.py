@@ -122,7 +122,7 @@ class Config:
             if choices and value not in choices:
                 raise UserError(f"{flag} {value}: choose from {', '.join(choices)}")
             if field.type in (int, float) and not least <= value < 1e12:     # nan neither
-                raise UserError(f"{flag} {value}: must be a number of at least {least}")
+                raise UserError(f"{flag} {value}: must be at least {least}, and below 1e12")
         if self.image_size % self.patch_size or self.image_size == self.patch_size:
             raise UserError(f"--image-size {self.image_size}: must be a multiple of --patch-size "
                             f"{self.patch_size}, and more than one patch")
@@ -139,8 +139,6 @@ def preset(dataset):
     changes = {"folder": dict(train_steps=9000, autoencoder_steps=4000, cfg_scale=3.0),
                "cifar10": dict(image_size=32, patch_size=4, latent_channels=16, model_size="S")}
     return Config(dataset=dataset, **changes.get(dataset, {}))
-
-
 
 
 # --------------------------------------------------------------------------------------------------
