@@ -262,7 +262,8 @@ def folder_images(data_dir, size):
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: no such folder")
     names = sorted(path.relative_to(root) for path in root.rglob("*")
-                   if kinds.get(path.suffix.lower()) in Image.OPEN and path.is_file())
+                   if kinds.get(path.suffix.lower()) in Image.OPEN and path.is_file()
+                   and not any(part.startswith(".") for part in path.relative_to(root).parts))
 
     def read(name):
         try:
@@ -273,7 +274,8 @@ def folder_images(data_dir, size):
         images = tqdm(pool.map(read, names), "reading images", len(names), unit="img")
         good = [(name, image) for name, image in zip(names, images) if image is not None]
     if len(good) < max(4, 0.99 * len(names)):                # 4: two for each split
-        raise UserError(f"--data-dir {root}: {len(good)} of {len(names)} images readable: too few")
+        raise UserError(f"--data-dir {root}: {len(good)} of {len(names)} images readable; 4 and "
+                        f"99% must be")
     owners = [name.parts[0] if len(name.parts) > 1 else root.name for name, _ in good]
     classes = sorted(set(owners))
     labels = [classes.index(owner) for owner in owners]
@@ -295,7 +297,7 @@ def load_images(config, split):
                             f"cifar-10-python.tar.gz there, or leave out --dataset") from None
         return Images(torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets, data.classes)
     images, names = folder_images(config.data_dir, config.image_size)
-    order = sorted(range(len(names)), key=lambda i: zlib.crc32(names[i].encode()))
+    order = sorted(range(len(names)), key=lambda i: zlib.crc32(os.fsencode(names[i])))
     tenth = max(2, len(order) // 10)                         # held out: a tenth, by name
     chosen = sorted(order[:tenth] if in_test else order[tenth:])
     return Images(images.pixels[chosen], images.labels[chosen], images.classes)
@@ -669,8 +671,8 @@ def optimise(model, losses_of, steps, config, path, log, keep, on_save=lambda av
         state = read_checkpoint(path, device)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        step, rows = state["step"], read_table(log)
-        table = rows[rows["step"] <= state["step"]].tolist()
+        step, (names, table) = state["step"], state["log"]
+        write_table(log, names, table)                       # the file may be cut, or gone
         began -= table[-1][-1]
 
     batch = config.batch_size
@@ -697,17 +699,19 @@ def optimise(model, losses_of, steps, config, path, log, keep, on_save=lambda av
                 recent.clear()
                 if not math.isfinite(means["total"]):
                     raise UserError(f"the loss is not finite near update {step}; the last good "
-                                    f"checkpoint is kept. Try a smaller --learning-rate")
+                                    f"checkpoint is kept. Start anew with a lower --learning-rate")
                 table.append([step, *means.values(), time.time() - began])
                 bar.set_postfix_str(" ".join(f"{name} {x:.3f}" for name, x in means.items()))
             if save:
-                write_table(log, ["step", *means, "seconds"], table)
+                names = ["step", *means, "seconds"]
+                write_table(log, names, table)
                 state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"step": step, "config": dataclasses.asdict(config), **keep}
+                state |= {"step": step, "log": (names, table), **keep}
+                state["config"] = dataclasses.asdict(config)
                 save_checkpoint(path, state)
                 on_save(average)
     if asked:
-        raise KeyboardInterrupt(f"go on with: python sphere_latent.py train --resume {path.parent}")
+        raise KeyboardInterrupt(f"Go on with: python sphere_latent.py train --resume {path.parent}")
     return average
 
 
@@ -812,9 +816,10 @@ def open_run(config):
     held = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if config.resume:
         states = [path for path in held if path.suffix == ".pt"]
-        if not states:
-            raise UserError(f"--resume {folder}: no checkpoint.pt or autoencoder.pt in it")
-        saved = read_checkpoint(states[0])["config"]
+        if not states and not (folder / "config.json").exists():
+            raise UserError(f"--resume {folder}: no checkpoint.pt, no config.json to start from")
+        saved = (read_checkpoint(states[0])["config"] if states else     # stopped before the first
+                 Config(**json.loads((folder / "config.json").read_text())))
         return folder, dataclasses.replace(saved, resume=config.resume, device=config.device)
     if held and not config.overwrite:
         raise UserError(f"{folder} already holds a run: go on with it (--resume {folder}), replace "
@@ -944,12 +949,12 @@ def picture(path, rows, row_names, column_names=None, title=""):
     figure = Figure((width, height), dpi=128)
     axes = figure.add_axes((1.1 / width, 0.02, columns / width, len(rows) / height))
     axes.imshow(sheet, aspect="auto")
-    axes.set_yticks([side * (r + 0.5) for r in range(len(rows))], row_names)
-    axes.set_xticks([side * (n + 0.5) for n in range(columns)], column_names or [""] * columns)
+    middle = [side * (n + 0.5) for n in range(max(columns, len(rows)))]
+    axes.set_yticks(middle[:len(rows)], row_names, parse_math=False)
+    axes.set_xticks(middle[:columns], column_names or [""] * columns, parse_math=False)
     axes.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
     axes.set_title(title, fontsize=8)
     axes.spines[:].set_visible(False)
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
@@ -993,6 +998,8 @@ def load_run(path, device="cpu"):
     """A run folder or checkpoint file -> config, autoencoder, averaged denoiser in eval mode."""
     path = pathlib.Path(path)
     state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
+    if "autoencoder" not in state:
+        raise UserError(f"{path} holds only an autoencoder: train --resume {path.parent} goes on")
     autoencoder = load_autoencoder(state["config"].autoencoder, state["config"])
     denoiser = denoiser_for(state["config"], autoencoder.latent_shape, len(state["classes"]))
     denoiser.classes = state["classes"]
@@ -1008,7 +1015,11 @@ def open_checkpoint(given, default_out):
     device = resolve_device(given.get("device", "auto"))
     config, autoencoder, denoiser = load_run(checkpoint, device)
     out = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / default_out
-    return dataclasses.replace(config, **given), autoencoder, denoiser, pathlib.Path(out)
+    out, ending = pathlib.Path(out), pathlib.Path(default_out).suffix
+    if out.suffix != ending or out.is_dir():
+        raise UserError(f"--out {out}: must be a file that ends in {ending}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return dataclasses.replace(config, **given), autoencoder, denoiser, out
 
 
 def train_command(given):
@@ -1096,7 +1107,7 @@ def main(argv=None):
         print(f"sphere_latent.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"\nsphere_latent.py: stopped; {error}", file=sys.stderr)
+        print(f"\nsphere_latent.py: stopped. {error}", file=sys.stderr)
         return 130
     except SystemExit as leave:                              # --help
         return leave.code or 0

@@ -90,7 +90,7 @@ def test_unreadable_files_are_named_and_few_are_skipped(tmp_path, capsys):
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
-    with pytest.raises(sl.UserError, match="too few"):
+    with pytest.raises(sl.UserError, match="99% must be"):
         sl.load_images(folder_config(tmp_path), "train")
     with pytest.raises(sl.UserError, match="no such folder"):
         sl.load_images(folder_config(tmp_path / "absent"), "train")
@@ -112,7 +112,7 @@ def test_a_handful_of_images_still_has_both_splits(tmp_path):
     config = folder_config(tmp_path)
     assert len(sl.load_images(config, "train")) == len(sl.load_images(config, "test")) == 2
     (tmp_path / "3.png").unlink()
-    with pytest.raises(sl.UserError, match="too few"):
+    with pytest.raises(sl.UserError, match="99% must be"):
         sl.load_images(folder_config(tmp_path), "train")
 
 
@@ -136,7 +136,16 @@ def test_what_is_no_image_file_is_passed_over(tmp_path):
         save(tmp_path / f"{i}.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
+    save(tmp_path / ".hidden" / "5.png")
+    save(tmp_path / "._0.png")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "gone.png").symlink_to(tmp_path / "absent.png")
     (tmp_path / "paper.pdf").write_text("%PDF")
     assert sl.folder_images(str(tmp_path), 8)[1] == [f"{i}.png" for i in range(4)]
+
+
+def test_names_of_any_bytes_are_split(tmp_path):
+    for name in (b"caf\xe9.png", b"1.png", b"2.png", b"3.png"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            Image.new("RGB", (9, 9)).save(file, "PNG")
+    assert len(sl.load_images(folder_config(tmp_path), "test")) == 2

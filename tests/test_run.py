@@ -1,6 +1,7 @@
 """Whole runs through the command line: train, resume, sample, evaluate, reconstruct, and what goes wrong."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,28 @@ def test_overwrite_leaves_strangers_files_alone(tmp_path):
     (out / "checkpoint.pt").write_text("old")
     assert command("train", *SMALL, "--out", out, "--overwrite") == 0
     assert (out / "notes.txt").read_text() == "mine" and sl.load_run(out)
+
+
+def test_killed_before_the_first_checkpoint_it_begins_again(run, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text((run / "config.json").read_text())
+    assert command("train", "--resume", out, "--device", "cpu") == 0 and same(run, out)
+
+
+def test_resume_does_not_need_the_log_file(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/log.csv").write_text("step,recon")
+    assert command("train", "--resume", tmp_path / "run", "--device", "cpu") == 0
+    assert same(run, tmp_path / "run")
+    assert (tmp_path / "run/log.csv").read_text() == (run / "log.csv").read_text()
+
+
+def test_out_cannot_hit_a_checkpoint(run, capsys):
+    before = (run / "checkpoint.pt").read_bytes()
+    for words in (["evaluate", "--eval-samples", 24], ["sample"], ["reconstruct"]):
+        assert "ends in" in refused(capsys, *words, "--checkpoint", run, "--out", run / "checkpoint.pt")
+    assert (run / "checkpoint.pt").read_bytes() == before
 
 
 def test_resume_of_nothing_or_of_damage_is_an_error(run, tmp_path, capsys):
