@@ -487,7 +487,7 @@ class TinyRAE(nn.Module):
 
 
 def load_autoencoder(name, config=None, pretrained=True):
-    """-> TinyRAE of the sizes in config. Nobody publishes its weights: a run trains them."""
+    """-> TinyRAE of the sizes in config. Its weights come from a run, whatever pretrained says."""
     return TinyRAE(dataclasses.replace(config or Config(), autoencoder=name))
 
 
@@ -693,7 +693,7 @@ def optimise(model, losses_of, steps, config, path, log, keep, on_save=lambda av
                 torch._foreach_lerp_(averaged, weights, 1 - decay)
             recent.append(torch.stack([loss.detach() for loss in losses.values()]))
             bar.update(batch)
-            save = step % config.save_every == 0 or step == steps or asked   # the list itself
+            save = step % config.save_every == 0 or step == steps or asked   # asked: may still fill
             if step % 10 == 0 or save:
                 means = dict(zip(losses, torch.stack(recent).mean(0).tolist()))
                 recent.clear()
@@ -816,10 +816,10 @@ def open_run(config):
     held = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if config.resume:
         states = [path for path in held if path.suffix == ".pt"]
-        if not states and not (folder / "config.json").exists():
-            raise UserError(f"--resume {folder}: no checkpoint.pt, no config.json to start from")
-        saved = (read_checkpoint(states[0])["config"] if states else     # stopped before the first
-                 Config(**json.loads((folder / "config.json").read_text())))
+        if not states:
+            raise UserError(f"--resume {folder}: no checkpoint.pt or autoencoder.pt in it; a run that "
+                            f"stopped before its first one has to be started again")
+        saved = read_checkpoint(states[0])["config"]
         return folder, dataclasses.replace(saved, resume=config.resume, device=config.device)
     if held and not config.overwrite:
         raise UserError(f"{folder} already holds a run: go on with it (--resume {folder}), replace "
