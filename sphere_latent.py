@@ -817,7 +817,7 @@ def open_run(config):
     if config.resume:
         states = [path for path in held if path.suffix == ".pt"]
         if not states:
-            raise UserError(f"--resume {folder}: no checkpoint.pt or autoencoder.pt in it; a run that "
+            raise UserError(f"--resume {folder}: no checkpoint.pt or autoencoder.pt in it; a run "
                             f"stopped before its first one has to be started again")
         saved = read_checkpoint(states[0])["config"]
         return folder, dataclasses.replace(saved, resume=config.resume, device=config.device)
