@@ -28,11 +28,9 @@ noise at a smaller angle for each step (Sphere Encoder, the predecessor, found b
 That the denoiser is not told the noise level is our inference from the published parameter count.
 """
 import argparse
-import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -41,6 +39,7 @@ import signal
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -55,14 +54,24 @@ class UserError(Exception):
     """Something a person can put right: the command line prints it as one line and exits with 2."""
 
 
+@contextlib.contextmanager
+def explained(message):
+    """Whatever fails inside, here or in a library, becomes a UserError that starts with message."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{message} ({reason})") from None
+
+
 # --------------------------------------------------------------------------------------------------
 # 1. Configuration
 # --------------------------------------------------------------------------------------------------
 
-def option(default, text, choices=None, least=0):
+def option(default, text, choices=(), least=0, most=1e12):
     """A field of Config: its default, its line in --help, and the values it may take."""
-    metadata = {"help": text, "choices": choices, "least": least}
-    return dataclasses.field(default=default, metadata=metadata)
+    rule = {"help": text, "choices": choices, "least": least, "most": most}
+    return dataclasses.field(default=default, metadata=rule)
 
 
 @dataclasses.dataclass
@@ -70,38 +79,35 @@ class Config:
     # data
     dataset: str = option("drawn", "what to learn", ("drawn", "folder", "cifar10"))
     data_dir: str = option("data", "folder of the images, or to download them to")
-    image_size: int = option(64, "side of the square images, pixels", least=1)
+    image_size: int = option(64, "side of the square images, pixels", least=1, most=4096)
     flips: bool = option(True, "also learn each image mirrored left to right")
     # the frozen autoencoder
     autoencoder: str = option("tiny", "which autoencoder makes the latents", ("tiny",))
     patch_size: int = option(16, "tiny: side of the square that becomes a token, pixels", least=1)
     latent_channels: int = option(64, "tiny: channels C of a token", least=1)
-    autoencoder_width: int = option(256, "tiny: width of encoder and decoder", least=4)
+    autoencoder_width: int = option(256, "tiny: width of encoder and decoder", least=4, most=8192)
     autoencoder_depth: int = option(3, "tiny: blocks in the encoder and in the decoder", least=1)
-    autoencoder_noise: float = option(0.5, "tiny: decoder learns under noise of scale |N(0, this)|")
     autoencoder_steps: int = option(1200, "tiny: updates before it is frozen", least=1)
     # the denoiser and its losses
     model_size: str = option("tiny", "size of the denoiser", ("tiny", "S", "B", "L", "XL"))
     spherify: bool = option(True, "project latents to the sphere (off: an ablation)")
     noise_distribution: str = option("logit-normal", "distribution of the large angle",
                                      ("logit-normal", "uniform", "uniform-tangent"))
-    noise_mean: float = option(1.2, "logit-normal: mean of the logit", least=-100)
-    noise_std: float = option(1.0, "logit-normal: standard deviation of the logit")
-    max_angle: float = option(90.0, "largest noise angle in training, degrees")
+    noise_mean: float = option(1.2, "logit-normal: mean of the logit, deviation 1", least=-100)
+    max_angle: float = option(90.0, "largest noise angle in training, degrees", most=90)
     small_ratio: float = option(0.5, "tan(small angle) = s tan(large angle), s uniform up to this")
     reconstruction_weight: float = option(1.0, "weight of the reconstruction loss")
     consistency_weight: float = option(1.0, "weight of the consistency loss")
     latent_consistency_weight: float = option(0.1, "weight of the latent consistency loss")
-    label_dropout: float = option(0.1, "share of labels replaced by the null label, for guidance")
+    label_dropout: float = option(0.1, "share of labels that become the null label", most=1)
     # optimisation
     train_steps: int = option(1700, "updates of the denoiser", least=1)
-    batch_size: int = option(32, "images in an update", least=1)
+    batch_size: int = option(32, "images in an update", least=1, most=65536)
     learning_rate: float = option(3e-3, "AdamW: largest learning rate")
-    warmup_steps: int = option(50, "updates until the learning rate is largest")
-    ema_decay: float = option(0.995, "decay of the moving average of the weights; 0 is off")
+    ema_decay: float = option(0.995, "decay of the average of the weights; 0 is off", most=1)
     save_every: int = option(500, "updates between checkpoints and sample pictures", least=1)
     # sampling and evaluation
-    steps: int = option(4, "denoiser steps to make an image", least=1)
+    steps: int = option(4, "denoiser steps to make an image", least=1, most=1000)
     cfg_scale: float = option(1.5, "classifier-free guidance; 1 is off")
     tilt: float = option(90.0, "angle back into noise, degrees; decaying: (1 - k / steps) times it")
     tilt_schedule: str = option("decaying", "the angle over the steps", ("decaying", "fixed"))
@@ -117,21 +123,29 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, flag = getattr(self, field.name), "--" + field.name.replace("_", "-")
-            choices, least = field.metadata["choices"], field.metadata["least"]
-            if choices and value not in choices:
-                raise UserError(f"{flag} {value}: choose from {', '.join(choices)}")
-            if field.type in (int, float) and not least <= value < 1e12:     # nan neither
-                raise UserError(f"{flag} {value}: must be at least {least}, and below 1e12")
-        if self.image_size % self.patch_size or self.image_size == self.patch_size:
-            raise UserError(f"--image-size {self.image_size}: must be a multiple of --patch-size "
-                            f"{self.patch_size}, and more than one patch")
-        if self.autoencoder_width % (64 if self.autoencoder_width > 64 else 4):
-            raise UserError("--autoencoder-width must be a multiple of 64, or of 4 if below 64")
-        if self.max_angle > (89 if self.noise_distribution == "uniform-tangent" else 90):
-            raise UserError("--max-angle: at most 90; for uniform-tangent 89 (tan 90 is infinite)")
-        if self.latent_channels > 3 * self.patch_size ** 2:
-            raise UserError(f"--latent-channels: a patch has {3 * self.patch_size ** 2} numbers")
+            value, rule = getattr(self, field.name), field.metadata
+            if rule["choices"]:
+                self.need(value in rule["choices"], field.name, " or ".join(rule["choices"]))
+            elif field.type in (int, float):                 # nan is in no range
+                self.need(rule["least"] <= value <= rule["most"], field.name,
+                          f"from {rule['least']} to {rule['most']:g}")
+        size, patch, width = self.image_size, self.patch_size, self.autoencoder_width
+        self.need(size % patch == 0 < size - patch, "image_size",
+                  f"a multiple of --patch-size {patch}, and larger")
+        self.need(width % (64 if width > 64 else 4) == 0, "autoencoder_width",
+                  "a multiple of 64, or of 4 below 64")
+        self.need(self.max_angle < 90 or self.noise_distribution != "uniform-tangent", "max_angle",
+                  "below 90 for uniform-tangent (tan 90 is infinite)")
+        self.need(self.latent_channels <= 3 * patch ** 2, "latent_channels",
+                  f"at most the {3 * patch ** 2} numbers of a patch")
+
+    def need(self, good, name, allowed):
+        if not good:
+            raise UserError(f"{flag(name)} {getattr(self, name)}: must be {allowed}")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def preset(dataset):
@@ -237,70 +251,64 @@ def drawn_images(split, size, seed=0):
 def open_image(path, size):
     """Any image file -> uint8 [3, size, size]: upright, on white, scaled, the centre cropped."""
     with Image.open(path) as image:
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError("a decompression bomb")
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS or image.mode[0] in "IF":
+            raise ValueError("a decompression bomb, or more than 8 bits a channel")
         image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode no more than is needed
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):                # 16 bits a pixel, or unbounded
-            grey = np.asarray(image, dtype=np.float32)
-            grey = grey * (255 / (65535 if image.mode.startswith("I") else max(1, grey.max())))
-            image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-@functools.lru_cache(maxsize=1)                              # one reading serves both splits
-def folder_images(data_dir, size):
-    """Every readable image under data_dir -> Images, relative names. Unreadable ones are named.
+def image_files(root):
+    """Every image file under a folder -> names relative to it; hidden ones are passed over."""
+    kinds = Image.registered_extensions()
+    names = (path.relative_to(root) for path in root.rglob("*"))
+    return sorted(name for name in names if kinds.get(name.suffix.lower()) in Image.OPEN
+                  and (root / name).is_file() and not any(part[0] == "." for part in name.parts))
 
-    The class of an image is the first folder of its name; images in no folder are a class as well.
-    """
-    root, kinds = pathlib.Path(data_dir), Image.registered_extensions()
-    if not root.is_dir():
-        raise UserError(f"--data-dir {root}: no such folder")
-    names = sorted(path.relative_to(root) for path in root.rglob("*")
-                   if kinds.get(path.suffix.lower()) in Image.OPEN and path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(root).parts))
 
-    def read(name):
+def read_images(paths, labels, classes, size):
+    """-> Images in memory. Files that cannot be read are named and left out, if they are few."""
+    def read(path):
         try:
-            return open_image(root / name, size)
+            return open_image(path, size)
         except Exception as error:                           # image decoders raise anything at all
-            tqdm.write(f"skipped {root / name} ({type(error).__name__})", file=sys.stderr)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        images = tqdm(pool.map(read, names), "reading images", len(names), unit="img")
-        good = [(name, image) for name, image in zip(names, images) if image is not None]
-    if len(good) < max(4, 0.99 * len(names)):                # 4: two for each split
-        raise UserError(f"--data-dir {root}: {len(good)} of {len(names)} images readable; 4 and "
-                        f"99% must be")
-    owners = [name.parts[0] if len(name.parts) > 1 else root.name for name, _ in good]
-    classes = sorted(set(owners))
-    labels = [classes.index(owner) for owner in owners]
-    return (Images(torch.stack([image for _, image in good]), labels, classes),
-            [str(name) for name, _ in good])
+            tqdm.write(f"skipped {path} ({type(error).__name__}: {error})", file=sys.stderr)
+    with ThreadPoolExecutor() as pool:
+        pixels = [*tqdm(pool.map(read, paths), "reading images", len(paths), unit="img")]
+    good = [i for i, image in enumerate(pixels) if image is not None]
+    if len(good) < max(2, 0.99 * len(paths)):
+        raise UserError(f"{len(good)} of {len(paths)} images can be read: 2 and 99% must be")
+    return Images(torch.stack([pixels[i] for i in good]), [labels[i] for i in good], classes)
 
 
 def load_images(config, split):
-    """-> Images of one split, "train" or "test"; no image is in both. Raises UserError."""
-    in_test = {"train": False, "test": True}[split]
+    """-> Images of one split, "train" or "test"; no image is in both. Raises UserError.
+
+    The class of an image in a folder is the first folder of its name; images in no folder are a
+    class as well. A tenth, chosen by name, is for testing.
+    """
+    in_test, root = {"train": False, "test": True}[split], pathlib.Path(config.data_dir)
     if config.dataset == "drawn":
         return drawn_images(split, config.image_size)
     if config.dataset == "cifar10":
-        import torchvision
-        try:
-            data = torchvision.datasets.CIFAR10(config.data_dir, train=not in_test, download=True)
-        except Exception as error:
-            raise UserError(f"CIFAR-10 is not in {config.data_dir} and no download ({error}). Put "
-                            f"cifar-10-python.tar.gz there, or leave out --dataset") from None
-        return Images(torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets, data.classes)
-    images, names = folder_images(config.data_dir, config.image_size)
+        from torchvision.datasets import CIFAR10
+        with explained(f"no CIFAR-10 in {root} and no download: put cifar-10-python.tar.gz there"):
+            data = CIFAR10(root, train=not in_test, download=True)
+        pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+        return Images(F.interpolate(pixels, config.image_size), data.targets, data.classes)
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: no such folder")
+    names = image_files(root)
+    if len(names) < 4:
+        raise UserError(f"--data-dir {root}: {len(names)} image files; at least 4 are needed")
+    owners = [name.parts[0] if len(name.parts) > 1 else root.name for name in names]
+    classes, tenth = sorted(set(owners)), max(2, len(names) // 10)
     order = sorted(range(len(names)), key=lambda i: zlib.crc32(os.fsencode(names[i])))
-    tenth = max(2, len(order) // 10)                         # held out: a tenth, by name
     chosen = sorted(order[:tenth] if in_test else order[tenth:])
-    return Images(images.pixels[chosen], images.labels[chosen], images.classes)
+    return read_images([root / names[i] for i in chosen],
+                       [classes.index(owners[i]) for i in chosen], classes, config.image_size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -542,7 +550,7 @@ def sample_angles(batch, config, generator=None):
     largest, device = math.radians(config.max_angle), generator.device if generator else None
     if config.noise_distribution == "logit-normal":
         logit = torch.randn(batch, generator=generator, device=device)
-        large = largest * torch.sigmoid(config.noise_mean + config.noise_std * logit)
+        large = largest * torch.sigmoid(config.noise_mean + logit)
     else:
         r = torch.rand(batch, generator=generator, device=device)
         large = {"uniform": largest * r, "uniform-tangent": torch.atan(r * math.tan(largest))}[
@@ -600,18 +608,16 @@ def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large
 def resolve_device(name):
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
+    with explained(f"--device {name} cannot be used"):
+        torch.set_float32_matmul_precision("high")           # on a GPU: TF32 for what is not bf16
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def autocast(device):
     """bf16 where the hardware multiplies it faster than fp32; elsewhere nothing."""
-    pays = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) or
-            device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or
-                                      torch.cpu._is_amx_tile_supported()))
-    return torch.autocast(device.type, torch.bfloat16, enabled=pays)
+    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    pays = {"cpu": cpu, "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported()}
+    return torch.autocast(device.type, torch.bfloat16, enabled=pays.get(device.type, False))
 
 
 def seeded(seed, number):
@@ -622,126 +628,108 @@ def seeded(seed, number):
 def save_checkpoint(path, state):
     """Write beside `path`, then rename: a reader finds the old file or the new, never a half."""
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with explained(f"cannot write {path}, the one before is kept: make room, then --resume"):
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def read_checkpoint(path, device="cpu"):
-    try:
+    with explained(f"{path} is no checkpoint of this program, or damaged"):
         state = torch.load(path, map_location=device, weights_only=True)
         return {**state, "step": state["step"], "config": Config(**state["config"])}
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}") from None
-    except Exception as error:
-        raise UserError(f"{path} is damaged or foreign ({type(error).__name__})") from None
 
 
-def write_table(path, names, rows):
-    np.savetxt(path, rows, "%.6g", ",", header=",".join(names), comments="")
-
-
-def read_table(path):
-    """-> structured array: table["step"] is a column."""
-    return np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))
+def write_table(path, rows):
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
 
 
 def learning_rate_at(step, steps, config):
-    """Linear warm-up, then constant, then linear decay over the second half."""
-    warmup = (step + 1) / max(1, config.warmup_steps)
-    return config.learning_rate * min(warmup, 1, 2 - 2 * step / steps)
+    """Linear warm-up over 50 updates, constant, linear decay over the second half."""
+    return config.learning_rate * min((step + 1) / 50, 1, 2 - 2 * step / steps)
 
 
-def optimise(model, losses_of, steps, config, path, log, keep, on_save=lambda average: None):
+def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average: None):
     """The one training loop, for the autoencoder and for the denoiser -> the averaged model (EMA).
 
     losses_of(step) gives a dict of scalars with a "total". State and the entries of `keep` go to
-    the file `path`, mean losses to `log`; if `path` is there already, training goes on from it.
+    the file `path`, mean losses to a .csv; if `path` is there already, training goes on from it.
     """
-    device = next(model.parameters()).device
+    device, weights = next(model.parameters()).device, list(model.parameters())
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    averaged, weights = list(average.parameters()), list(model.parameters())
-    optimiser = torch.optim.AdamW(weights, config.learning_rate, betas=(0.9, 0.95), weight_decay=0,
+    optimiser = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0,
                                   fused=device.type != "mps")
     parts = {"model": model, "ema": average, "optimiser": optimiser}
-    step, table, recent, asked, began = 0, [], [], [], time.time()
+    first, log, recent, asked, began = 0, [], [], [], time.time()
+    table = path.with_name("log.csv" if keep else "autoencoder.csv")
     if path.exists():
         state = read_checkpoint(path, device)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        step, (names, table) = state["step"], state["log"]
-        write_table(log, names, table)                       # the file may be cut, or gone
-        began -= table[-1][-1]
-
-    batch = config.batch_size
-    progress = dict(total=steps * batch, initial=step * batch, desc=path.stem)
-    with contextlib.ExitStack() as at_exit, tqdm(**progress, unit="img", unit_scale=True) as bar:
-        before = signal.signal(signal.SIGINT, lambda *_: asked.append("Ctrl-C"))
-        at_exit.callback(signal.signal, signal.SIGINT, before)
-        while step < steps and not asked:
+        first, log = state["step"], state["log"]
+        write_table(table, log)                              # the file may be cut, or gone
+        with explained(f"{path} is of other classes or sizes"):
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append("Ctrl-C"))
+    try:
+        for step in (bar := tqdm(range(first, steps), path.stem, steps, initial=first)):
             optimiser.param_groups[0]["lr"] = learning_rate_at(step, steps, config)
             losses = losses_of(step)
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.zero_grad()
             losses["total"].backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
-            step += 1
-            decay = min(config.ema_decay, (1 + step) / (10 + step))          # short memory at first
+            decay = min(config.ema_decay, (2 + step) / (11 + step))          # short memory at first
             with torch.no_grad():
-                torch._foreach_lerp_(averaged, weights, 1 - decay)
+                torch._foreach_lerp_(list(average.parameters()), weights, 1 - decay)
             recent.append(torch.stack([loss.detach() for loss in losses.values()]))
-            bar.update(batch)
-            save = step % config.save_every == 0 or step == steps or asked   # asked: may still fill
-            if step % 10 == 0 or save:
-                means = dict(zip(losses, torch.stack(recent).mean(0).tolist()))
+            save = (step + 1) % config.save_every == 0 or step + 1 == steps or bool(asked)
+            if save or step % 10 == 9:
+                means = torch.stack(recent).mean(0).tolist()
                 recent.clear()
-                if not math.isfinite(means["total"]):
-                    raise UserError(f"the loss is not finite near update {step}; the last good "
+                if not math.isfinite(sum(means)):
+                    raise UserError(f"the loss is not finite near update {step + 1}; the last good "
                                     f"checkpoint is kept. Start anew with a lower --learning-rate")
-                table.append([step, *means.values(), time.time() - began])
-                bar.set_postfix_str(" ".join(f"{name} {x:.3f}" for name, x in means.items()))
+                log = log or [["step", *losses, "seconds"]]
+                log.append([step + 1, *means, time.time() - began])
+                bar.set_postfix_str(" ".join(f"{k} {x:.3f}" for k, x in zip(losses, means)))
             if save:
-                names = ["step", *means, "seconds"]
-                write_table(log, names, table)
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"step": step, "log": (names, table), **keep}
-                state["config"] = dataclasses.asdict(config)
+                write_table(table, log)
+                state = {name: part.state_dict() for name, part in parts.items()} | keep
+                state |= {"step": step + 1, "log": log, "config": dataclasses.asdict(config)}
                 save_checkpoint(path, state)
                 on_save(average)
-    if asked:
-        raise KeyboardInterrupt(f"Go on with: python sphere_latent.py train --resume {path.parent}")
+            if save and asked:
+                raise KeyboardInterrupt(path.parent)
+    finally:
+        signal.signal(signal.SIGINT, before)
     return average
-
-
-def pixel_batch(images, chosen, device):
-    return images.pixels[chosen].to(device) / 255                                # [B, 3, H, W]
 
 
 def fit_autoencoder(config, images, folder, device):
     """Train TinyRAE on `images`, measure the mean and variance of its latents, freeze it."""
     torch.manual_seed(config.seed)
-    autoencoder = load_autoencoder("tiny", config)
-    autoencoder.start_from_pca(pixel_batch(images, torch.randperm(len(images))[:2000], "cpu"))
+    autoencoder = TinyRAE(config)
+    autoencoder.start_from_pca(images.pixels[torch.randperm(len(images))[:2000]] / 255)
     autoencoder.to(device)
 
     def losses_of(step):
         generator = seeded(config.seed, step)
         chosen = torch.randint(len(images), (config.batch_size,), generator=generator)
-        x = pixel_batch(images, chosen, device)
+        x = images.pixels[chosen].to(device) / 255                               # [B, 3, H, W]
         mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5 * config.flips
         x = torch.where(mirrored.to(device), x.flip(3), x)
         with autocast(device):
             z = autoencoder.encode_raw(x)
-            sigma = config.autoencoder_noise * torch.randn(len(z), 1, 1, generator=generator).abs()
+            sigma = 0.5 * torch.randn(len(z), 1, 1, generator=generator).abs()
             noise = sigma * torch.randn(z.shape, generator=generator)
             y = autoencoder.decode_raw(z + noise.to(device))
         edges = sum(F.l1_loss(y.diff(dim=axis), x.diff(dim=axis)) for axis in (2, 3))
         return {"pixels": F.l1_loss(y, x), "edges": edges, "total": F.l1_loss(y, x) + edges}
 
     autoencoder = optimise(autoencoder, losses_of, config.autoencoder_steps, config,
-                           folder / "autoencoder.pt", folder / "autoencoder.csv", {})
+                           folder / "autoencoder.pt", {})
     z, _ = encode_all(autoencoder, images, config, device)
     autoencoder.latent_mean[0], autoencoder.latent_var[0] = z.mean((0, 1)), z.var((0, 1))
     return autoencoder
@@ -750,9 +738,12 @@ def fit_autoencoder(config, images, folder, device):
 @torch.no_grad()
 def encode_all(autoencoder, images, config, device):
     """Encode once what training reads often -> latents [n, N, C], labels [n]; flips double n."""
-    pixels = torch.cat([images.pixels, images.pixels.flip(3)][:1 + config.flips])
-    with autocast(device):
-        latents = [autoencoder.encode(x.to(device) / 255).cpu() for x in pixels.split(256)]
+    latents = []
+    for flip in range(1 + config.flips):
+        for chosen in tqdm(torch.arange(len(images)).split(256), "encoding"):
+            x = images.pixels[chosen].to(device) / 255
+            with autocast(device):
+                latents.append(autoencoder.encode(x.flip(3) if flip else x).cpu())
     return torch.cat(latents), images.labels.repeat(1 + config.flips)
 
 
@@ -763,46 +754,45 @@ def fit_denoiser(config, latents, labels, autoencoder, classes, folder, device):
     network = torch.compile(denoiser) if config.compile else denoiser
     project = spherify if config.spherify else lambda z: z
 
-    def decode(v, y):
-        with autocast(device):
-            return network(v, y).float()
-
     def losses_of(step):
         generator = seeded(config.seed, step)
         chosen = torch.randint(len(latents), (config.batch_size,), generator=generator)
-        z, y = latents[chosen].to(device), labels[chosen]                        # [B, N, C], [B]
+        z, y = latents[chosen].to(device), labels[chosen]                # [B, N, C], [B]
         dropped = torch.rand(len(y), generator=generator) < config.label_dropout
         y = y.masked_fill(dropped, denoiser.num_classes).to(device)
         e = torch.randn(z.shape, generator=generator).to(device)
         angles = (alpha.to(device) for alpha in sample_angles(len(z), config, generator))
-        return sphere_losses(decode, project, project(z), z, y, e, *angles, config)
+        with autocast(device):
+            return sphere_losses(network, project, project(z), z, y, e, *angles, config)
 
     def draw(average):
         sample_figure(average, autoencoder, classes, config, folder / "samples.png")
     keep = {"autoencoder": autoencoder.state_dict(), "classes": classes}
     return optimise(denoiser, losses_of, config.train_steps, config, folder / "checkpoint.pt",
-                    folder / "log.csv", keep, draw)
+                    keep, draw)
 
 
 def train(config):
     """Images in, run folder out: autoencoder, latents, denoiser, pictures, Fréchet distances."""
-    folder, config = open_run(config)
     device = resolve_device(config.device)
-    images, held_out = load_images(config, "train"), load_images(config, "test")
-    if not config.resume:                                    # an old run goes only now
-        for name in RUN_FILES:
-            (folder / name).unlink(missing_ok=True)
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-    if (folder / "checkpoint.pt").exists():
-        autoencoder = load_run(folder, device)[1]
-    else:
-        autoencoder = fit_autoencoder(config, images, folder, device)
-    reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
-    latents, labels = encode_all(autoencoder, images, config, device)
-    denoiser = fit_denoiser(config, latents, labels, autoencoder, images.classes, folder, device)
-    (folder / "autoencoder.pt").unlink(missing_ok=True)      # checkpoint.pt holds it too
-    loss_figure(folder)
-    evaluate_run(config, autoencoder, denoiser, images.classes, held_out, folder / "frechet.csv")
+    with open_run(config) as (folder, config):
+        images, held_out = load_images(config, "train"), load_images(config, "test")
+        if not config.resume:                                # an old run goes only now
+            for name in RUN_FILES:
+                (folder / name).unlink(missing_ok=True)
+            text = json.dumps(dataclasses.asdict(config), indent=1)
+            (folder / "config.json").write_text(text + "\n")
+        if (folder / "checkpoint.pt").exists():
+            autoencoder = load_run(folder, device)[1]
+        else:
+            autoencoder = fit_autoencoder(config, images, folder, device)
+        reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
+        latents, labels = encode_all(autoencoder, images, config, device)
+        classes, path = images.classes, folder / "frechet.csv"
+        denoiser = fit_denoiser(config, latents, labels, autoencoder, classes, folder, device)
+        (folder / "autoencoder.pt").unlink(missing_ok=True)  # checkpoint.pt holds it too
+        loss_figure(folder)
+        evaluate_run(config, autoencoder, denoiser, classes, held_out, path)
     return folder
 
 
@@ -810,23 +800,35 @@ RUN_FILES = ("checkpoint.pt", "autoencoder.pt", "log.csv", "autoencoder.csv", "f
              "loss.png", "samples.png", "reconstructions.png")
 
 
+@contextlib.contextmanager
 def open_run(config):
-    """-> run folder, config. A run that is there already is neither lost nor taken for another."""
+    """-> run folder, config; until the end no other run may write there.
+
+    A run that is there already is neither lost nor taken for another.
+    """
     folder = pathlib.Path(config.resume or config.out or f"runs/{config.dataset}")
     held = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    data_dir = str(pathlib.Path(config.data_dir).resolve())          # --resume works from anywhere
     if config.resume:
-        states = [path for path in held if path.suffix == ".pt"]
-        if not states:
-            raise UserError(f"--resume {folder}: no checkpoint.pt or autoencoder.pt in it; a run "
-                            f"stopped before its first one has to be started again")
-        saved = read_checkpoint(states[0])["config"]
-        return folder, dataclasses.replace(saved, resume=config.resume, device=config.device)
-    if held and not config.overwrite:
+        if not held or held[0].suffix != ".pt":
+            raise UserError(f"--resume {folder}: no checkpoint in it; a run that ended before its "
+                            f"first one has to be started again")
+        saved = read_checkpoint(held[0])["config"]
+        moved = config.data_dir != Config.data_dir
+        config = dataclasses.replace(saved, resume=config.resume, device=config.device,
+                                     data_dir=data_dir if moved else saved.data_dir)
+    elif held and not config.overwrite:
         raise UserError(f"{folder} already holds a run: go on with it (--resume {folder}), replace "
                         f"it (--overwrite), or choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    data_dir = str(pathlib.Path(config.data_dir).resolve())          # --resume works from anywhere
-    return folder, dataclasses.replace(config, data_dir=data_dir)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = dataclasses.replace(config, data_dir=data_dir)
+    with open(folder / ".lock", "w") as lock:                # gone with the process, in any case
+        with contextlib.suppress(ImportError):               # Windows has no fcntl
+            import fcntl
+            with explained(f"{folder} is in use by another run"):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder, config
 
 
 # --------------------------------------------------------------------------------------------------
@@ -926,14 +928,15 @@ def latent_gaussian(autoencoder, images):
 def evaluate_run(config, autoencoder, denoiser, classes, real, path):
     """Print, and write to `path`, the Fréchet distance to `real` at 1, 2, 4 and 6 steps."""
     labels = torch.arange(config.eval_samples) % len(classes)
-    reference, rows = latent_gaussian(autoencoder, real.pixels / 255), []
+    reference = latent_gaussian(autoencoder, real.pixels / 255)
+    rows = [["steps", "frechet_distance"]]
     print(f"Fréchet distance in latents of the frozen autoencoder ({config.autoencoder}), "
           f"{len(labels)} samples against {len(real)} held-out images, CFG {config.cfg_scale:g}:")
     for steps, images in at_each_step_count(denoiser, autoencoder, labels, config).items():
         d = frechet_distance(*latent_gaussian(autoencoder, images), *reference)
         print(f"  steps: {steps}   Fréchet distance {d:.3f}")
         rows.append([steps, d])
-    write_table(path, ["steps", "frechet_distance"], rows)
+    write_table(path, rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -979,12 +982,14 @@ def reconstruction_figure(autoencoder, images, path):
 
 
 def loss_figure(folder):
-    """loss.png: the three unweighted losses against updates, from log.csv."""
+    """loss.png: the three unweighted losses against updates."""
     from matplotlib.figure import Figure
-    rows, figure = read_table(folder / "log.csv"), Figure((6, 3.5), dpi=128)
+    names, *rows = read_checkpoint(folder / "checkpoint.pt")["log"]
+    steps, *losses = zip(*rows)
+    figure = Figure((6, 3.5), dpi=128)
     axes = figure.subplots()
-    for name in ("reconstruction", "consistency", "latent_consistency"):
-        axes.plot(rows["step"], rows[name], label=name, lw=1)
+    for name, loss in zip(names[1:4], losses):
+        axes.plot(steps, loss, label=name, lw=1)
     axes.set(xlabel="updates", ylabel="loss, unweighted", yscale="log")
     axes.legend(fontsize=8)
     figure.savefig(folder / "loss.png", bbox_inches="tight")
@@ -1024,8 +1029,8 @@ def open_checkpoint(given, default_out):
 
 def train_command(given):
     """Learn the autoencoder and the denoiser, then draw samples and measure them."""
-    if "resume" in given and set(given) - {"resume", "device"}:
-        raise UserError("--resume takes all from the run folder: no other flag but --device")
+    if "resume" in given and (not given["resume"] or set(given) - {"resume", "device", "data_dir"}):
+        raise UserError("--resume RUN takes all from there: no other flag but --device, --data-dir")
     config = dataclasses.replace(preset(given.get("dataset", "drawn")), **given)
     print(f"The pictures are in {train(config)}")
 
@@ -1037,10 +1042,9 @@ def sample_command(given):
     classes = denoiser.classes
     numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
     chosen = [numbers.get(name) for name in wanted or classes]
-    if None in chosen:
-        raise UserError(f"--classes {' '.join(wanted)}: choose from {', '.join(classes)}")
-    if count < 1:
-        raise UserError(f"--count {count}: must be at least 1")
+    if None in chosen or count < 1:
+        raise UserError(f"--classes {' '.join(wanted or [])} --count {count}: choose from "
+                        f"{', '.join(classes)}, and at least 1 of each")
     labels = torch.tensor(chosen).repeat_interleave(count)
     images = sample_images(denoiser, autoencoder, labels, config)
     picture(out, images.split(count), [classes[y] for y in chosen])
@@ -1076,12 +1080,11 @@ def build_parser():
             function.__name__.split("_")[0], help=function.__doc__, description=function.__doc__,
             allow_abbrev=False, argument_default=argparse.SUPPRESS)
         for name in names:
-            field, choices = fields[name], fields[name].metadata["choices"]
-            text = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-            text += "" if field.default == "" else f" (default: {field.default})"
-            kind = ({"action": argparse.BooleanOptionalAction} if field.type is bool else
-                    {"type": field.type, "metavar": field.type.__name__.upper()})
-            command.add_argument("--" + name.replace("_", "-"), help=text, **kind)
+            kind, rule, default = fields[name].type, fields[name].metadata, fields[name].default
+            text = ": ".join(filter(None, [rule["help"], ", ".join(rule["choices"])]))
+            how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+                   {"type": kind, "metavar": kind.__name__.upper()})
+            command.add_argument(flag(name), help=f"{text} (default: {default})", **how)
         command.set_defaults(function=function)
         return command
 
@@ -1090,8 +1093,8 @@ def build_parser():
     draw = add(sample_command, ["steps", *sampling])
     draw.add_argument("--classes", nargs="+", help="names or numbers of classes (default: all)")
     draw.add_argument("--count", type=int, help="images of each class (default: 8)")
-    measure = add(evaluate_command, ["eval_samples", *sampling])
-    for command in (draw, measure, add(reconstruct_command, ["device"])):
+    measure = add(evaluate_command, ["eval_samples", "data_dir", *sampling])
+    for command in (draw, measure, add(reconstruct_command, ["data_dir", "device"])):
         command.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
         command.add_argument("--out", help="file to write (default: one in the run folder)")
     return parser
@@ -1103,14 +1106,18 @@ def main(argv=None):
         given = vars(build_parser().parse_args(argv))
         given.pop("function")(given)
         return 0
-    except (UserError, OSError) as error:
-        print(f"sphere_latent.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        print(f"\nsphere_latent.py: stopped. {error}", file=sys.stderr)
-        return 130
     except SystemExit as leave:                              # --help
         return leave.code or 0
+    except KeyboardInterrupt as stop:
+        text, code = f"stopped; training goes on with train --resume {stop or 'RUN_FOLDER'}", 130
+    except (UserError, OSError) as error:
+        text, code = error, 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        text, code = "out of memory: lower --batch-size, --image-size, --model-size or --count", 2
+    print(f"sphere_latent.py: {text}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

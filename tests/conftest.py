@@ -1,3 +1,4 @@
+import functools
 import os
 import pathlib
 import sys
@@ -9,6 +10,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SMALL = ("--image-size 16 --patch-size 8 --latent-channels 8 --autoencoder-width 32 --autoencoder-depth 1 "
          "--autoencoder-steps 6 --train-steps 6 --batch-size 8 --eval-samples 24 --device cpu").split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_once():
+    """Many tests train on the same drawings; drawn_images itself is tested without this cache."""
+    import sphere_latent as sl
+    sl.drawn_images = functools.lru_cache(sl.drawn_images)
 
 
 @pytest.fixture(scope="session")

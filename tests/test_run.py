@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL
@@ -27,6 +28,10 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
 
 
+def table(path):
+    return np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))
+
+
 def refused(capsys, *arguments):
     assert command(*arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -40,7 +45,7 @@ def test_a_run_leaves_what_it_promises(run):
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     assert state["step"] == 6 and isinstance(state["step"], int)
     assert json.loads((run / "config.json").read_text())["image_size"] == 16
-    assert sl.read_table(run / "frechet.csv")["steps"].tolist() == [1, 2, 4, 6]
+    assert table(run / "frechet.csv")["steps"].tolist() == [1, 2, 4, 6]
     config, autoencoder, denoiser = sl.load_run(run)
     assert not denoiser.training and config == sl.load_run(run / "checkpoint.pt")[0]
     assert denoiser.classes == [species[0] for species in sl.SPECIES]
@@ -70,7 +75,7 @@ def test_ctrl_c_then_resume_equals_the_unbroken_run(run, tmp_path, monkeypatch, 
     monkeypatch.setattr(sl, "learning_rate_at", original)
     assert command("train", "--resume", out, "--device", "cpu") == 0
     assert same(run, out)
-    steps = sl.read_table(out / "log.csv")["step"].tolist()
+    steps = table(out / "log.csv")["step"].tolist()
     assert steps == sorted(set(steps)) and steps[-1] == 6
 
 
@@ -132,13 +137,13 @@ def test_out_cannot_hit_a_checkpoint(run, capsys):
 
 
 def test_resume_of_nothing_or_of_damage_is_an_error(run, tmp_path, capsys):
-    assert "no checkpoint.pt" in refused(capsys, "train", "--resume", tmp_path)
+    assert "no checkpoint in it" in refused(capsys, "train", "--resume", tmp_path)
     half = (run / "checkpoint.pt").read_bytes()[:5000]
     (tmp_path / "checkpoint.pt").write_bytes(half)
-    assert "checkpoint.pt is damaged" in refused(capsys, "train", "--resume", tmp_path)
+    assert "checkpoint.pt is no checkpoint" in refused(capsys, "train", "--resume", tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == half
     assert "damaged" in refused(capsys, "sample", "--checkpoint", tmp_path)
-    assert "no checkpoint at" in refused(capsys, "sample", "--checkpoint", tmp_path / "absent.pt")
+    assert "absent.pt is no checkpoint" in refused(capsys, "sample", "--checkpoint", tmp_path / "absent.pt")
     assert "no other flag" in refused(capsys, "train", "--resume", run, "--seed", 3)
 
 
