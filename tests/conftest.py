@@ -13,10 +13,20 @@ SMALL = ("--image-size 16 --patch-size 8 --latent-channels 8 --autoencoder-width
 
 
 @pytest.fixture(scope="session", autouse=True)
-def draw_once():
-    """Many tests train on the same drawings; drawn_images itself is tested without this cache."""
+def few_drawings():
+    """The tests train on a fifth of the drawings, drawn once; drawn_images itself is tested whole."""
     import sphere_latent as sl
-    sl.drawn_images = functools.lru_cache(sl.drawn_images)
+    draw = sl.drawn_images
+
+    @functools.lru_cache
+    @functools.wraps(draw)
+    def fewer(split, size, seed=0):
+        images = draw(split, size, seed)
+        n = len(images) // 5
+        return sl.Images(images.pixels[:n], images.labels[:n], images.classes)
+    sl.drawn_images = fewer
+    yield
+    sl.drawn_images = draw
 
 
 @pytest.fixture(scope="session")

@@ -182,7 +182,7 @@ def test_sample_evaluate_reconstruct(run, tmp_path, capsys):
     capsys.readouterr()
     assert command("evaluate", "--checkpoint", run, "--eval-samples", 24, "--out", tmp_path / "e.csv") == 0
     printed = capsys.readouterr().out
-    assert printed.count("Fréchet distance") == 5 and "24 samples against 1200 held-out" in printed
+    assert printed.count("Fréchet distance") == 5 and "24 samples against 240 held-out" in printed
     assert "FID" not in printed
     assert command("reconstruct", "--checkpoint", run / "checkpoint.pt", "--out", tmp_path / "r.png") == 0
     assert "PSNR" in capsys.readouterr().out and (tmp_path / "r.png").exists()
