@@ -666,11 +666,13 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
     table = path.with_name("log.csv" if keep else "autoencoder.csv")
     if path.exists():
         state = read_checkpoint(path, device)
+        if state.get("classes") != keep.get("classes"):
+            raise UserError(f"{path} was trained on other classes than {config.data_dir} has")
         first, log = state["step"], state["log"]
+        began -= log[-1][-1]
         write_table(table, log)                              # the file may be cut, or gone
-        with explained(f"{path} is of other classes or sizes"):
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     before = signal.signal(signal.SIGINT, lambda *_: asked.append("Ctrl-C"))
     try:
         for step in (bar := tqdm(range(first, steps), path.stem, steps, initial=first)):
@@ -780,8 +782,7 @@ def train(config):
         if not config.resume:                                # an old run goes only now
             for name in RUN_FILES:
                 (folder / name).unlink(missing_ok=True)
-            text = json.dumps(dataclasses.asdict(config), indent=1)
-            (folder / "config.json").write_text(text + "\n")
+            (folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
         if (folder / "checkpoint.pt").exists():
             autoencoder = load_run(folder, device)[1]
         else:
@@ -1017,14 +1018,13 @@ def load_run(path, device="cpu"):
 def open_checkpoint(given, default_out):
     """-> config with the flags that were given, autoencoder, denoiser, path to write to."""
     checkpoint, out = pathlib.Path(given.pop("checkpoint")), given.pop("out", None)
-    device = resolve_device(given.get("device", "auto"))
-    config, autoencoder, denoiser = load_run(checkpoint, device)
+    config, *models = load_run(checkpoint, resolve_device(given.get("device", "auto")))
     out = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / default_out
     out, ending = pathlib.Path(out), pathlib.Path(default_out).suffix
     if out.suffix != ending or out.is_dir():
         raise UserError(f"--out {out}: must be a file that ends in {ending}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return dataclasses.replace(config, **given), autoencoder, denoiser, out
+    return dataclasses.replace(config, **given), *models, out
 
 
 def train_command(given):
