@@ -78,7 +78,7 @@ def option(default, text, choices=(), least=0, most=1e12):
 class Config:
     # data
     dataset: str = option("drawn", "what to learn", ("drawn", "folder", "cifar10"))
-    data_dir: str = option("data", "folder of the images, or to download them to")
+    data_dir: str = option("", "folder of the images; of cifar10 if not given: data")
     image_size: int = option(64, "side of the square images, pixels", least=1, most=4096)
     flips: bool = option(True, "also learn each image mirrored left to right")
     # the frozen autoencoder
@@ -86,7 +86,7 @@ class Config:
     patch_size: int = option(16, "tiny: side of the square that becomes a token, pixels", least=1)
     latent_channels: int = option(64, "tiny: channels C of a token", least=1)
     autoencoder_width: int = option(256, "tiny: width of encoder and decoder", least=4, most=8192)
-    autoencoder_depth: int = option(3, "tiny: blocks in the encoder and in the decoder", least=1)
+    autoencoder_depth: int = option(3, "tiny: blocks in encoder and decoder", least=1, most=1000)
     autoencoder_steps: int = option(1200, "tiny: updates before it is frozen", least=1)
     # the denoiser and its losses
     model_size: str = option("tiny", "size of the denoiser", ("tiny", "S", "B", "L", "XL"))
@@ -112,7 +112,7 @@ class Config:
     tilt: float = option(90.0, "angle back into noise, degrees; decaying: (1 - k / steps) times it")
     tilt_schedule: str = option("decaying", "the angle over the steps", ("decaying", "fixed"))
     fresh_noise: bool = option(True, "new noise at each step (off: the same at all steps)")
-    eval_samples: int = option(600, "samples behind each Fréchet distance", least=2)
+    eval_samples: int = option(600, "samples behind a Fréchet distance", least=2, most=100_000)
     # the run
     seed: int = option(0, "seed of everything random")
     device: str = option("auto", "auto (CUDA, then MPS, then CPU), or the name of a torch device")
@@ -141,11 +141,7 @@ class Config:
 
     def need(self, good, name, allowed):
         if not good:
-            raise UserError(f"{flag(name)} {getattr(self, name)}: must be {allowed}")
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
 
 
 def preset(dataset):
@@ -230,8 +226,8 @@ class Images(torch.utils.data.Dataset):
     """Images in memory; [i] gives (image [3, H, W] float in [0, 1], label int)."""
 
     def __init__(self, pixels, labels, classes):
-        self.pixels = pixels                                                 # [n, 3, H, W] uint8
-        self.labels, self.classes = torch.as_tensor(labels), list(classes)   # [n], names
+        self.pixels, self.labels = pixels, torch.as_tensor(labels)   # [n, 3, H, W] uint8, [n]
+        self.classes = list(classes)                                 # names
 
     def __len__(self):
         return len(self.pixels)
@@ -255,8 +251,8 @@ def open_image(path, size):
             raise ValueError("a decompression bomb, or more than 8 bits a channel")
         image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode no more than is needed
         image = ImageOps.exif_transpose(image).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -278,8 +274,8 @@ def read_images(paths, labels, classes, size):
     with ThreadPoolExecutor() as pool:
         pixels = [*tqdm(pool.map(read, paths), "reading images", len(paths), unit="img")]
     good = [i for i, image in enumerate(pixels) if image is not None]
-    if len(good) < max(2, 0.99 * len(paths)):
-        raise UserError(f"{len(good)} of {len(paths)} images can be read: 2 and 99% must be")
+    if len(good) < max(2, 0.99 * len(paths) - 1):
+        raise UserError(f"{len(good)} of {len(paths)} images can be read, as in {paths[0].parent}")
     return Images(torch.stack([pixels[i] for i in good]), [labels[i] for i in good], classes)
 
 
@@ -289,7 +285,7 @@ def load_images(config, split):
     The class of an image in a folder is the first folder of its name; images in no folder are a
     class as well. A tenth, chosen by name, is for testing.
     """
-    in_test, root = {"train": False, "test": True}[split], pathlib.Path(config.data_dir)
+    in_test, root = {"train": False, "test": True}[split], pathlib.Path(config.data_dir or "data")
     if config.dataset == "drawn":
         return drawn_images(split, config.image_size)
     if config.dataset == "cifar10":
@@ -303,7 +299,7 @@ def load_images(config, split):
     names = image_files(root)
     if len(names) < 4:
         raise UserError(f"--data-dir {root}: {len(names)} image files; at least 4 are needed")
-    owners = [name.parts[0] if len(name.parts) > 1 else root.name for name in names]
+    owners = [os.fsencode((*n.parts[:-1], root.name)[0]).decode(errors="replace") for n in names]
     classes, tenth = sorted(set(owners)), max(2, len(names) // 10)
     order = sorted(range(len(names)), key=lambda i: zlib.crc32(os.fsencode(names[i])))
     chosen = sorted(order[:tenth] if in_test else order[tenth:])
@@ -610,7 +606,7 @@ def resolve_device(name):
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with explained(f"--device {name} cannot be used"):
         torch.set_float32_matmul_precision("high")           # on a GPU: TF32 for what is not bf16
-        return torch.zeros(1, device=name).device
+        return torch.tensor(torch.zeros(1, device=name).tolist(), device=name).device
 
 
 def autocast(device):
@@ -668,11 +664,12 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
         state = read_checkpoint(path, device)
         if state.get("classes") != keep.get("classes"):
             raise UserError(f"{path} was trained on other classes than {config.data_dir} has")
-        first, log = state["step"], state["log"]
-        began -= log[-1][-1]
+        with explained(f"{path} is no checkpoint of this program, or damaged"):
+            first, log = int(state["step"]), state["log"]
+            began -= log[-1][-1]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
         write_table(table, log)                              # the file may be cut, or gone
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
     before = signal.signal(signal.SIGINT, lambda *_: asked.append("Ctrl-C"))
     try:
         for step in (bar := tqdm(range(first, steps), path.stem, steps, initial=first)):
@@ -680,12 +677,12 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
             losses = losses_of(step)
             optimiser.zero_grad()
             losses["total"].backward()
-            nn.utils.clip_grad_norm_(weights, 1.0)
+            norm = nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
             decay = min(config.ema_decay, (2 + step) / (11 + step))          # short memory at first
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), weights, 1 - decay)
-            recent.append(torch.stack([loss.detach() for loss in losses.values()]))
+            recent.append(torch.stack([loss.detach() + 0 * norm for loss in losses.values()]))
             save = (step + 1) % config.save_every == 0 or step + 1 == steps or bool(asked)
             if save or step % 10 == 9:
                 means = torch.stack(recent).mean(0).tolist()
@@ -697,11 +694,11 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
                 log.append([step + 1, *means, time.time() - began])
                 bar.set_postfix_str(" ".join(f"{k} {x:.3f}" for k, x in zip(losses, means)))
             if save:
-                write_table(table, log)
                 state = {name: part.state_dict() for name, part in parts.items()} | keep
                 state |= {"step": step + 1, "log": log, "config": dataclasses.asdict(config)}
+                on_save(average)                             # first, or a kill could lose it
                 save_checkpoint(path, state)
-                on_save(average)
+                write_table(table, log)
             if save and asked:
                 raise KeyboardInterrupt(path.parent)
     finally:
@@ -809,21 +806,19 @@ def open_run(config):
     """
     folder = pathlib.Path(config.resume or config.out or f"runs/{config.dataset}")
     held = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    data_dir = str(pathlib.Path(config.data_dir).resolve())          # --resume works from anywhere
     if config.resume:
         if not held or held[0].suffix != ".pt":
             raise UserError(f"--resume {folder}: no checkpoint in it; a run that ended before its "
                             f"first one has to be started again")
         saved = read_checkpoint(held[0])["config"]
-        moved = config.data_dir != Config.data_dir
         config = dataclasses.replace(saved, resume=config.resume, device=config.device,
-                                     data_dir=data_dir if moved else saved.data_dir)
+                                     data_dir=config.data_dir or saved.data_dir)
     elif held and not config.overwrite:
         raise UserError(f"{folder} already holds a run: go on with it (--resume {folder}), replace "
                         f"it (--overwrite), or choose another --out")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = dataclasses.replace(config, data_dir=data_dir)
+    data_dir = config.data_dir and os.path.abspath(config.data_dir)  # --resume works from anywhere
+    config = dataclasses.replace(config, data_dir=data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:                # gone with the process, in any case
         with contextlib.suppress(ImportError):               # Windows has no fcntl
             import fcntl
@@ -1006,12 +1001,13 @@ def load_run(path, device="cpu"):
     state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
     if "autoencoder" not in state:
         raise UserError(f"{path} holds only an autoencoder: train --resume {path.parent} goes on")
-    autoencoder = load_autoencoder(state["config"].autoencoder, state["config"])
-    denoiser = denoiser_for(state["config"], autoencoder.latent_shape, len(state["classes"]))
-    denoiser.classes = state["classes"]
-    for model, weights in ((autoencoder, state["autoencoder"]), (denoiser, state["ema"])):
-        model.load_state_dict(weights)
-        model.to(device).eval().requires_grad_(False)
+    with explained(f"{path} is no checkpoint of this program, or damaged"):
+        autoencoder = load_autoencoder(state["config"].autoencoder, state["config"])
+        denoiser = denoiser_for(state["config"], autoencoder.latent_shape, len(state["classes"]))
+        denoiser.classes = state["classes"]
+        for model, weights in ((autoencoder, state["autoencoder"]), (denoiser, state["ema"])):
+            model.load_state_dict(weights)
+            model.to(device).eval().requires_grad_(False)
     return state["config"], autoencoder, denoiser
 
 
@@ -1031,7 +1027,8 @@ def train_command(given):
     """Learn the autoencoder and the denoiser, then draw samples and measure them."""
     if "resume" in given and (not given["resume"] or set(given) - {"resume", "device", "data_dir"}):
         raise UserError("--resume RUN takes all from there: no other flag but --device, --data-dir")
-    config = dataclasses.replace(preset(given.get("dataset", "drawn")), **given)
+    usual = "folder" if "data_dir" in given else "drawn"
+    config = dataclasses.replace(preset(given.get("dataset", usual)), **given)
     print(f"The pictures are in {train(config)}")
 
 
@@ -1042,9 +1039,9 @@ def sample_command(given):
     classes = denoiser.classes
     numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
     chosen = [numbers.get(name) for name in wanted or classes]
-    if None in chosen or count < 1:
+    if None in chosen or not 1 <= count <= 100_000 / len(chosen):
         raise UserError(f"--classes {' '.join(wanted or [])} --count {count}: choose from "
-                        f"{', '.join(classes)}, and at least 1 of each")
+                        f"{', '.join(classes)}, 1 or more of each, at most 100000 in all")
     labels = torch.tensor(chosen).repeat_interleave(count)
     images = sample_images(denoiser, autoencoder, labels, config)
     picture(out, images.split(count), [classes[y] for y in chosen])
@@ -1081,10 +1078,10 @@ def build_parser():
             allow_abbrev=False, argument_default=argparse.SUPPRESS)
         for name in names:
             kind, rule, default = fields[name].type, fields[name].metadata, fields[name].default
-            text = ": ".join(filter(None, [rule["help"], ", ".join(rule["choices"])]))
+            text = f"{rule['help']} {' | '.join(rule['choices'])} (default: {default})"
             how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                    {"type": kind, "metavar": kind.__name__.upper()})
-            command.add_argument(flag(name), help=f"{text} (default: {default})", **how)
+            command.add_argument("--" + name.replace("_", "-"), help=text, **how)
         command.set_defaults(function=function)
         return command
 
@@ -1110,15 +1107,16 @@ def main(argv=None):
         return leave.code or 0
     except KeyboardInterrupt as stop:
         text, code = f"stopped; training goes on with train --resume {stop or 'RUN_FOLDER'}", 130
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.linalg.LinAlgError) as error:     # the last: nan in samples
         text, code = error, 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         text, code = "out of memory: lower --batch-size, --image-size, --model-size or --count", 2
-    print(f"sphere_latent.py: {text}", file=sys.stderr)
+    print("sphere_latent.py:", " ".join(str(text).split()), file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")        # any name, in any terminal
     sys.exit(main())

@@ -1,5 +1,4 @@
 import functools
-import os
 import pathlib
 import sys
 
@@ -8,31 +7,37 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import sphere_latent as sl  # noqa: E402
+
 SMALL = ("--image-size 16 --patch-size 8 --latent-channels 8 --autoencoder-width 32 --autoencoder-depth 1 "
          "--autoencoder-steps 6 --train-steps 6 --batch-size 8 --eval-samples 24 --device cpu").split()
+DRAW, TINY = sl.drawn_images, sl.MODEL_SIZES["tiny"]
+
+
+@functools.lru_cache
+def fewer_drawings(split, size, seed=0):
+    images = DRAW(split, size, seed)
+    n = len(images) // 5
+    return sl.Images(images.pixels[:n], images.labels[:n], images.classes)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_drawings():
-    """The tests train on a fifth of the drawings, drawn once; drawn_images itself is tested whole."""
-    import sphere_latent as sl
-    draw = sl.drawn_images
+def small():
+    """The quick tests train a smaller denoiser on a fifth of the drawings."""
+    sl.drawn_images, sl.MODEL_SIZES["tiny"] = fewer_drawings, (64, 2, 2)
 
-    @functools.lru_cache
-    @functools.wraps(draw)
-    def fewer(split, size, seed=0):
-        images = draw(split, size, seed)
-        n = len(images) // 5
-        return sl.Images(images.pixels[:n], images.labels[:n], images.classes)
-    sl.drawn_images = fewer
+
+@pytest.fixture
+def whole(small):
+    """The sizes that users get."""
+    sl.drawn_images, sl.MODEL_SIZES["tiny"] = DRAW, TINY
     yield
-    sl.drawn_images = draw
+    sl.drawn_images, sl.MODEL_SIZES["tiny"] = fewer_drawings, (64, 2, 2)
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory):
+def run(small, tmp_path_factory):
     """A finished run of a few seconds on the drawn flowers."""
-    import sphere_latent as sl
     folder = tmp_path_factory.mktemp("runs") / "small"
     assert sl.main(["train", *SMALL, "--out", str(folder)]) == 0
     return folder

@@ -19,7 +19,7 @@ UPDATES = [] if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_
 
 
 @pytest.mark.slow
-def test_default_run_makes_flowers(tmp_path):
+def test_default_run_makes_flowers(whole, tmp_path):
     began = time.time()
     done = subprocess.run([sys.executable, str(ROOT / "sphere_latent.py"), "train", *UPDATES], cwd=tmp_path,
                           capture_output=True, text=True)

@@ -9,8 +9,8 @@ from PIL import Image
 import sphere_latent as sl
 
 
-def test_drawn_flowers_are_deterministic_and_split():
-    draw = sl.drawn_images.__wrapped__.__wrapped__                # the whole of it, drawn anew
+def test_drawn_flowers_are_deterministic_and_split(whole):
+    draw = sl.drawn_images
     a, b = draw("test", 16), draw("test", 16)
     assert torch.equal(a.pixels, b.pixels) and len(a.classes) == 12 and len(a) == 1200
     assert not torch.equal(a.pixels, draw("test", 16, seed=1).pixels)
