@@ -116,6 +116,23 @@ def test_cifar10_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
         sl.load_images(sl.dataclasses.replace(sl.preset("cifar10"), data_dir=str(tmp_path)), "train")
 
 
+@pytest.mark.parametrize("size", [32, 64])
+def test_cifar10_at_its_own_size_and_larger(tmp_path, monkeypatch, size):
+    import torchvision
+
+    class FakeCIFAR10:
+        classes = ["cat", "dog"]
+
+        def __init__(self, root, train, download):
+            self.data, self.targets = np.full((6 if train else 4, 32, 32, 3), 200, np.uint8), [0, 1] * (3 if train else 2)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeCIFAR10)
+    config = sl.dataclasses.replace(sl.preset("cifar10"), image_size=size)
+    train, test = sl.load_images(config, "train"), sl.load_images(config, "test")
+    assert len(train) == 6 and len(test) == 4 and train.classes == ["cat", "dog"]
+    image, label = test[1]
+    assert image.shape == (3, size, size) and label == 1 and image.mean() == pytest.approx(200 / 255)
+
+
 def test_a_handful_of_images_still_has_both_splits(tmp_path):
     for i in range(4):
         save(tmp_path / f"{i}.png")
