@@ -13,7 +13,7 @@ The method, after "Efficient Image Synthesis with Sphere Latent Encoder" (arXiv 
      back into noise, by a smaller angle each time, and denoise again. Decode the last z_hat, once.
 
 Commands, from the smallest:
-  python sphere_latent.py train                                  5 minutes on two CPU cores, offline
+  python sphere_latent.py train                                  5 to 18 minutes, two cores, offline
   python sphere_latent.py sample --checkpoint runs/drawn --classes poppy daisy --out flowers.png
   python sphere_latent.py evaluate --checkpoint runs/drawn
   python sphere_latent.py train --dataset folder --data-dir PATH             your own images

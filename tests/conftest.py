@@ -1,5 +1,6 @@
 import functools
 import pathlib
+import signal
 import sys
 
 import pytest
@@ -49,6 +50,7 @@ def generator():
 
 
 def pytest_configure(config):
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # as in a terminal; a job in the background ignores it
     config.addinivalue_line("markers", "slow: minutes, not seconds; leave out with -m 'not slow'")
 
 
