@@ -265,7 +265,7 @@ def image_files(root):
 
 
 def read_images(paths, labels, classes, size):
-    """-> Images in memory. Files that cannot be read are named and left out, if they are few."""
+    """-> Images in memory. Unreadable files are named and left out: one, or 1 in 100."""
     def read(path):
         try:
             return open_image(path, size)
@@ -275,7 +275,7 @@ def read_images(paths, labels, classes, size):
         pixels = [*tqdm(pool.map(read, paths), "reading images", len(paths), unit="img")]
     good = [i for i, image in enumerate(pixels) if image is not None]
     if len(good) < max(2, 0.99 * len(paths) - 1):
-        raise UserError(f"{len(good)} of {len(paths)} images can be read, as in {paths[0].parent}")
+        raise UserError(f"{len(good)} of {len(paths)} images can be read; see {paths[0].parent}")
     return Images(torch.stack([pixels[i] for i in good]), [labels[i] for i in good], classes)
 
 
@@ -602,6 +602,7 @@ def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large
 # --------------------------------------------------------------------------------------------------
 
 def resolve_device(name):
+    """-> torch.device, one that gives back the numbers it was given ("meta" would not)."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with explained(f"--device {name} cannot be used"):
@@ -682,6 +683,7 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
             decay = min(config.ema_decay, (2 + step) / (11 + step))          # short memory at first
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), weights, 1 - decay)
+            # 0 * norm: a gradient that is not finite shows, even under a loss that is
             recent.append(torch.stack([loss.detach() + 0 * norm for loss in losses.values()]))
             save = (step + 1) % config.save_every == 0 or step + 1 == steps or bool(asked)
             if save or step % 10 == 9:
@@ -720,7 +722,7 @@ def fit_autoencoder(config, images, folder, device):
         mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5 * config.flips
         x = torch.where(mirrored.to(device), x.flip(3), x)
         with autocast(device):
-            z = autoencoder.encode_raw(x)
+            z = autoencoder.encode_raw(x)                    # of size 1, noise about half of it
             sigma = 0.5 * torch.randn(len(z), 1, 1, generator=generator).abs()
             noise = sigma * torch.randn(z.shape, generator=generator)
             y = autoencoder.decode_raw(z + noise.to(device))
