@@ -60,8 +60,12 @@ def explained(message):
     try:
         yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{message} ({reason})") from None
+        raise UserError(f"{message} ({type(error).__name__}: {str(error)[:300]})") from None
+
+
+def refuse(wrong, message):
+    if wrong:
+        raise UserError(message)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -70,12 +74,14 @@ def explained(message):
 
 def option(default, text, choices=(), least=0, most=1e12):
     """A field of Config: its default, its line in --help, and the values it may take."""
-    rule = {"help": text, "choices": choices, "least": least, "most": most}
+    allowed = " or ".join(choices) or f"from {least} to {most:g}"
+    rule = {"help": text, "choices": choices, "least": least, "most": most, "allowed": allowed}
     return dataclasses.field(default=default, metadata=rule)
 
 
 @dataclasses.dataclass
 class Config:
+    method: str = option("sphere-latent", "which paper", ("sphere-latent", "sphere-encoder"))
     # data
     dataset: str = option("drawn", "what to learn", ("drawn", "folder", "cifar10"))
     data_dir: str = option("", "folder of the images; of cifar10 if not given: data")
@@ -88,9 +94,10 @@ class Config:
     autoencoder_width: int = option(256, "tiny: width of encoder and decoder", least=4, most=8192)
     autoencoder_depth: int = option(3, "tiny: blocks in encoder and decoder", least=1, most=1000)
     autoencoder_steps: int = option(1200, "tiny: updates before it is frozen", least=1)
-    # the denoiser and its losses
-    model_size: str = option("tiny", "size of the denoiser", ("tiny", "S", "B", "L", "XL"))
+    # the denoiser, or the two halves of Sphere Encoder, and the losses
+    model_size: str = option("tiny", "size of each of them", ("tiny", "S", "B", "L", "XL"))
     spherify: bool = option(True, "project latents to the sphere (off: an ablation)")
+    sphere_target: bool = option(False, "the denoiser aims at f(z), on the sphere, in place of z")
     noise_distribution: str = option("logit-normal", "distribution of the large angle",
                                      ("logit-normal", "uniform", "uniform-tangent"))
     noise_mean: float = option(1.2, "logit-normal: mean of the logit, deviation 1", least=-100)
@@ -122,33 +129,30 @@ class Config:
     compile: bool = option(False, "torch.compile the denoiser")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
+        def need(good, name, allowed):
+            refuse(not good, f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
+        for field in dataclasses.fields(self):               # nan is in no range
             value, rule = getattr(self, field.name), field.metadata
-            if rule["choices"]:
-                self.need(value in rule["choices"], field.name, " or ".join(rule["choices"]))
-            elif field.type in (int, float):                 # nan is in no range
-                self.need(rule["least"] <= value <= rule["most"], field.name,
-                          f"from {rule['least']} to {rule['most']:g}")
-        size, patch, width = self.image_size, self.patch_size, self.autoencoder_width
-        self.need(size % patch == 0 < size - patch, "image_size",
-                  f"a multiple of --patch-size {patch}, and larger")
-        self.need(width % (64 if width > 64 else 4) == 0, "autoencoder_width",
-                  "a multiple of 64, or of 4 below 64")
-        self.need(self.max_angle < 90 or self.noise_distribution != "uniform-tangent", "max_angle",
-                  "below 90 for uniform-tangent (tan 90 is infinite)")
-        self.need(self.latent_channels <= 3 * patch ** 2, "latent_channels",
-                  f"at most the {3 * patch ** 2} numbers of a patch")
-
-    def need(self, good, name, allowed):
-        if not good:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
+            good = (rule["least"] <= value <= rule["most"] if field.type in (int, float) else
+                    value in (rule["choices"] or [value]))
+            need(good, field.name, rule["allowed"])
+        size, p, width = self.image_size, self.patch_size, self.autoencoder_width
+        angle, kind = self.max_angle, self.noise_distribution
+        need(size % p == 0 < size - p, "image_size", f"a larger multiple of --patch-size {p}")
+        need(width % (64 if width > 64 else 4) == 0, "autoencoder_width", "4, 8 .. 64, 128, 192 ..")
+        need(angle < 90 or kind != "uniform-tangent", "max_angle", "below 90 for uniform-tangent")
+        need(self.latent_channels <= 3 * p ** 2, "latent_channels", f"up to {3 * p ** 2}, a patch")
 
 
-def preset(dataset):
-    """The Config that a data set starts from."""
+def preset(dataset, method="sphere-latent"):
+    """The Config that a data set and a method start from."""
     changes = {"folder": dict(train_steps=9000, autoencoder_steps=4000, cfg_scale=3.0),
-               "cifar10": dict(image_size=32, patch_size=4, latent_channels=16, model_size="S")}
-    return Config(dataset=dataset, **changes.get(dataset, {}))
+               "cifar10": dict(image_size=32, patch_size=4, latent_channels=16, model_size="S"),
+               "sphere-encoder": dict(
+                   noise_distribution="uniform-tangent", max_angle=85.0, learning_rate=1e-3,
+                   reconstruction_weight=25.0, consistency_weight=2.0,
+                   tilt=85.0, tilt_schedule="fixed", fresh_noise=False)}
+    return Config(method, dataset, **changes.get(dataset, {}), **changes.get(method, {}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,8 +200,8 @@ def draw_flowers(labels, size, generator):
 
     # the ground: a gradient, a soft spot, a stem
     angle = uniform(0, 2 * math.pi)
-    slope = .5 + (x - .5) * angle.cos() + (y - .5) * angle.sin()
-    image = torch.lerp(ground(), ground(), slope.clamp(0, 1))
+    slope = (.5 + (x - .5) * angle.cos() + (y - .5) * angle.sin()).clamp(0, 1)
+    image = torch.lerp(ground(), ground(), slope)
     spot = ((x - uniform(0, 1)) ** 2 + (y - uniform(0, 1)) ** 2) / uniform(.08, .25) ** 2
     image = torch.lerp(image, ground(), torch.exp(-spot) * uniform(0, .7))
     stem = .013 - (x - cx - uniform(-.6, .6) * (y - cy) ** 2).abs()
@@ -274,8 +278,8 @@ def read_images(paths, labels, classes, size):
     with ThreadPoolExecutor() as pool:
         pixels = [*tqdm(pool.map(read, paths), "reading images", len(paths), unit="img")]
     good = [i for i, image in enumerate(pixels) if image is not None]
-    if len(good) < max(2, 0.99 * len(paths) - 1):
-        raise UserError(f"{len(good)} of {len(paths)} images can be read; see {paths[0].parent}")
+    refuse(len(good) < max(2, 0.99 * len(paths) - 1),
+           f"{len(good)} of {len(paths)} images can be read; see {paths[0].parent}")
     return Images(torch.stack([pixels[i] for i in good]), [labels[i] for i in good], classes)
 
 
@@ -294,11 +298,9 @@ def load_images(config, split):
             data = CIFAR10(root, train=not in_test, download=True)
         pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)
         return Images(F.interpolate(pixels, config.image_size), data.targets, data.classes)
-    if not root.is_dir():
-        raise UserError(f"--data-dir {root}: no such folder")
+    refuse(not root.is_dir(), f"--data-dir {root}: no such folder")
     names = image_files(root)
-    if len(names) < 4:
-        raise UserError(f"--data-dir {root}: {len(names)} image files; at least 4 are needed")
+    refuse(len(names) < 4, f"--data-dir {root}: {len(names)} image files; at least 4 are needed")
     owners = [os.fsencode((*n.parts[:-1], root.name)[0]).decode(errors="replace") for n in names]
     classes, tenth = sorted(set(owners)), max(2, len(names) // 10)
     order = sorted(range(len(names)), key=lambda i: zlib.crc32(os.fsencode(names[i])))
@@ -401,8 +403,8 @@ class Denoiser(Transformer):
     """
 
     def __init__(self, latent_shape, num_classes, width, depth, heads):
-        tokens, channels = latent_shape
-        super().__init__(tokens, channels, channels, width, depth, heads, num_classes)
+        super().__init__(*latent_shape, latent_shape[1], width, depth, heads, num_classes)
+        self.latent_shape = latent_shape
 
     def forward(self, v, labels):
         if labels.device.type == "cpu" and not ((0 <= labels) & (labels <= self.num_classes)).all():
@@ -415,7 +417,9 @@ MODEL_SIZES = {"tiny": (256, 6, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": 
 
 
 def denoiser_for(config, latent_shape, num_classes):
-    """-> Denoiser of config.model_size for latents of latent_shape (N, C)."""
+    """-> Denoiser of config.model_size for latents of latent_shape (N, C), or a SphereEncoder."""
+    if config.method == "sphere-encoder":
+        return SphereEncoder(config, num_classes, MODEL_SIZES[config.model_size])
     return Denoiser(latent_shape, num_classes, *MODEL_SIZES[config.model_size])
 
 
@@ -432,18 +436,17 @@ class TinyRAE(nn.Module):
     trained on noisy latents, so that it forgives the denoiser's errors.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, num_classes=0, sizes=None):
         super().__init__()
-        size, c, p = config.patch_size, config.latent_channels, 3 * config.patch_size ** 2
-        self.patch_size, self.window = size, size + 2 * (size // 4)          # windows overlap
-        self.latent_shape = ((config.image_size // size) ** 2, c)
-        width = config.autoencoder_width
-        sizes = width, config.autoencoder_depth, width // 64 or 1
-        self.encoder = Transformer(self.latent_shape[0], p, c, *sizes)
-        self.decoder = Transformer(self.latent_shape[0], c, 3 * self.window ** 2, *sizes)
-        for name, start in dict(patch_mean=torch.zeros(p), patch_scale=torch.ones(p),
-                                basis=torch.eye(p), mix=torch.eye(c), unmix=torch.eye(c),
-                                latent_mean=torch.zeros(1, c), latent_var=torch.ones(1, c)).items():
+        size, c, width = config.patch_size, config.latent_channels, config.autoencoder_width
+        n, p, self.num_classes = (config.image_size // size) ** 2, 3 * size ** 2, num_classes
+        self.patch_size, self.window, self.latent_shape = size, size + 2 * (size // 4), (n, c)
+        sizes = sizes or (width, config.autoencoder_depth, width // 64 or 1)
+        self.encoder = Transformer(n, p, c, *sizes, num_classes)
+        self.decoder = Transformer(n, c, 3 * self.window ** 2, *sizes, num_classes)  # they overlap
+        for name, start in dict(patch_mean=torch.zeros(p), whiten=torch.eye(p), mix=torch.eye(p, c),
+                                unmix=torch.eye(c, p), latent_mean=torch.zeros(1, c),
+                                latent_var=torch.ones(1, c)).items():
             self.register_buffer(name, start)
 
     def patches(self, images):
@@ -457,27 +460,23 @@ class TinyRAE(nn.Module):
         The latent keeps part of the natural spectrum, coarse strong and detail weak, spread by a
         rotation so that normalising each channel cannot level it: noise then hides detail first.
         """
-        patches = self.patches(images).flatten(0, 1)
+        patches, c = self.patches(images).flatten(0, 1), self.latent_shape[1]
         variance, basis = (x.flip(-1) for x in torch.linalg.eigh(torch.cov(patches.T)))
         scale = variance.clamp(min=1e-5).sqrt()
-        strength = scale[:len(self.mix)].sqrt()
-        strength = strength / strength.square().mean().sqrt()
-        rotation = torch.linalg.qr(torch.randn(self.mix.shape))[0]
-        for buffer, value in ((self.patch_mean, patches.mean(0)), (self.patch_scale, scale),
-                              (self.basis, basis), (self.mix, strength[:, None] * rotation),
-                              (self.unmix, rotation.T / strength)):
-            buffer.copy_(value)
+        strength = scale[:c].sqrt() / scale[:c].mean().sqrt()
+        rotation = torch.linalg.qr(torch.randn(c, c))[0]
+        self.patch_mean[:], self.whiten[:] = patches.mean(0), basis / scale
+        self.mix[:c] = strength[:, None] * rotation
+        self.unmix[:] = rotation.T / strength * scale[:c] @ basis[:, :c].T
 
-    def encode_raw(self, images):
-        t = (self.patches(images) - self.patch_mean) @ self.basis / self.patch_scale    # [B, N, P]
-        return spherify(t[..., :len(self.mix)] @ self.mix + self.encoder(t))            # [B, N, C]
+    def encode_raw(self, images, labels=None):
+        t = (self.patches(images) - self.patch_mean) @ self.whiten           # [B, N, P]
+        return spherify(t @ self.mix + self.encoder(t, labels))              # [B, N, C]
 
-    def decode_raw(self, z):
-        t = F.pad(z @ self.unmix, (0, len(self.basis) - z.shape[-1])) * self.patch_scale
-        t = t @ self.basis.T + self.patch_mean                               # [B, N, P]
-        size, side = self.patch_size, math.isqrt(z.shape[1])
+    def decode_raw(self, z, labels=None):
+        t, size, side = z @ self.unmix + self.patch_mean, self.patch_size, math.isqrt(z.shape[1])
         linear = rearrange(t, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=size, q=size)
-        windows = 0.1 * self.decoder(z).float().transpose(1, 2)              # [B, 3 window^2, N]
+        windows = 0.1 * self.decoder(z, labels).float().transpose(1, 2)      # [B, 3 window^2, N]
         return linear + F.fold(windows, (side * size, side * size), self.window, stride=size,
                                padding=(self.window - size) // 2)            # summed: no seams
 
@@ -488,6 +487,12 @@ class TinyRAE(nn.Module):
     def decode(self, z):
         """Latents [B, N, C] -> images [B, 3, H, W] in [0, 1]."""
         return self.decode_raw(z * (self.latent_var + 1e-5).sqrt() + self.latent_mean).clamp(0, 1)
+
+
+class SphereEncoder(TinyRAE):
+    """The predecessor: both halves with labels and learned as one. Calling it decodes."""
+
+    forward = TinyRAE.decode_raw
 
 
 def load_autoencoder(name, config=None, pretrained=True):
@@ -547,10 +552,10 @@ def sample_angles(batch, config, generator=None):
     if config.noise_distribution == "logit-normal":
         logit = torch.randn(batch, generator=generator, device=device)
         large = largest * torch.sigmoid(config.noise_mean + logit)
-    else:
-        r = torch.rand(batch, generator=generator, device=device)
-        large = {"uniform": largest * r, "uniform-tangent": torch.atan(r * math.tan(largest))}[
-            config.noise_distribution]
+    elif config.noise_distribution == "uniform":
+        large = largest * torch.rand(batch, generator=generator, device=device)
+    else:                                                    # 0 to 1 in even parts over the batch
+        large = torch.atan(torch.linspace(0, math.tan(largest), batch, device=device))
     s = config.small_ratio * torch.rand(batch, generator=generator, device=device)
     return torch.atan2(s * large.sin(), large.cos()), large
 
@@ -663,11 +668,10 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
     table = path.with_name("log.csv" if keep else "autoencoder.csv")
     if path.exists():
         state = read_checkpoint(path, device)
-        if state.get("classes") != keep.get("classes"):
-            raise UserError(f"{path} was trained on other classes than {config.data_dir} has")
+        refuse(state.get("classes") != keep.get("classes"), f"{path} is of other classes, not of "
+               f"those in {config.data_dir}")
         with explained(f"{path} is no checkpoint of this program, or damaged"):
-            first, log = int(state["step"]), state["log"]
-            began -= log[-1][-1]
+            first, log, began = int(state["step"]), state["log"], began - state["log"][-1][-1]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         write_table(table, log)                              # the file may be cut, or gone
@@ -689,9 +693,8 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
             if save or step % 10 == 9:
                 means = torch.stack(recent).mean(0).tolist()
                 recent.clear()
-                if not math.isfinite(sum(means)):
-                    raise UserError(f"the loss is not finite near update {step + 1}; the last good "
-                                    f"checkpoint is kept. Start anew with a lower --learning-rate")
+                refuse(not math.isfinite(sum(means)), f"the loss is not finite near update "
+                       f"{step + 1}; the last good checkpoint is kept: lower --learning-rate")
                 log = log or [["step", *losses, "seconds"]]
                 log.append([step + 1, *means, time.time() - began])
                 bar.set_postfix_str(" ".join(f"{k} {x:.3f}" for k, x in zip(losses, means)))
@@ -738,38 +741,49 @@ def fit_autoencoder(config, images, folder, device):
 
 @torch.no_grad()
 def encode_all(autoencoder, images, config, device):
-    """Encode once what training reads often -> latents [n, N, C], labels [n]; flips double n."""
-    latents = []
+    """Encode once what training reads often -> latents [n, N, C], labels [n]; flips double n.
+
+    Without an autoencoder the images stay images: bytes [n, 3, H, W].
+    """
+    data = []
     for flip in range(1 + config.flips):
         for chosen in tqdm(torch.arange(len(images)).split(256), "encoding"):
-            x = images.pixels[chosen].to(device) / 255
+            x = images.pixels[chosen].flip(3) if flip else images.pixels[chosen]
             with autocast(device):
-                latents.append(autoencoder.encode(x.flip(3) if flip else x).cpu())
-    return torch.cat(latents), images.labels.repeat(1 + config.flips)
+                data.append(autoencoder.encode(x.to(device) / 255).cpu() if autoencoder else x)
+    return torch.cat(data), images.labels.repeat(1 + config.flips)
 
 
-def fit_denoiser(config, latents, labels, autoencoder, classes, folder, device):
-    """Train on cached latents [n, N, C] with the three losses -> the averaged denoiser."""
+def fit_denoiser(config, data, labels, autoencoder, classes, folder, device):
+    """Train with the three losses -> the averaged model, a Denoiser or a SphereEncoder.
+
+    data [n, ...]: cached latents [N, C] or, for a SphereEncoder, images [3, H, W] in bytes.
+    """
     torch.manual_seed(config.seed)
-    denoiser = denoiser_for(config, autoencoder.latent_shape, len(classes)).to(device)
-    network = torch.compile(denoiser) if config.compile else denoiser
+    model = denoiser_for(config, getattr(autoencoder, "latent_shape", None), len(classes))
+    if pixels := isinstance(model, SphereEncoder):
+        model.start_from_pca(data[torch.randperm(len(data))[:2000]] / 255)
+    network = torch.compile(model.to(device)) if config.compile else model.to(device)
     project = spherify if config.spherify else lambda z: z
 
     def losses_of(step):
         generator = seeded(config.seed, step)
-        chosen = torch.randint(len(latents), (config.batch_size,), generator=generator)
-        z, y = latents[chosen].to(device), labels[chosen]                # [B, N, C], [B]
+        chosen = torch.randint(len(data), (config.batch_size,), generator=generator)
+        x, y = data[chosen].to(device), labels[chosen]                   # [B, ...], [B]
         dropped = torch.rand(len(y), generator=generator) < config.label_dropout
-        y = y.masked_fill(dropped, denoiser.num_classes).to(device)
-        e = torch.randn(z.shape, generator=generator).to(device)
-        angles = (alpha.to(device) for alpha in sample_angles(len(z), config, generator))
+        y = y.masked_fill(dropped, model.num_classes).to(device)
         with autocast(device):
-            return sphere_losses(network, project, project(z), z, y, e, *angles, config)
+            target = x / 255 if pixels else spherify(x) if config.sphere_target else x
+            encode = (lambda images: model.encode_raw(images, y)) if pixels else project
+            v = encode(target)                                           # [B, N, C]
+            e = torch.randn(v.shape, generator=generator).to(device)
+            angles = (alpha.to(device) for alpha in sample_angles(len(v), config, generator))
+            return sphere_losses(network, encode, v, target, y, e, *angles, config)
 
     def draw(average):
-        sample_figure(average, autoencoder, classes, config, folder / "samples.png")
-    keep = {"autoencoder": autoencoder.state_dict(), "classes": classes}
-    return optimise(denoiser, losses_of, config.train_steps, config, folder / "checkpoint.pt",
+        sample_figure(average, autoencoder or average, classes, config, folder / "samples.png")
+    keep = {"autoencoder": autoencoder.state_dict() if autoencoder else {}, "classes": classes}
+    return optimise(model, losses_of, config.train_steps, config, folder / "checkpoint.pt",
                     keep, draw)
 
 
@@ -782,17 +796,18 @@ def train(config):
             for name in RUN_FILES:
                 (folder / name).unlink(missing_ok=True)
             (folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
-        if (folder / "checkpoint.pt").exists():
-            autoencoder = load_run(folder, device)[1]
-        else:
-            autoencoder = fit_autoencoder(config, images, folder, device)
-        reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
-        latents, labels = encode_all(autoencoder, images, config, device)
-        classes, path = images.classes, folder / "frechet.csv"
-        denoiser = fit_denoiser(config, latents, labels, autoencoder, classes, folder, device)
+        autoencoder, classes = None, images.classes          # Sphere Encoder is its own
+        if config.method == "sphere-latent":
+            autoencoder = (load_run(folder, device)[1] if (folder / "checkpoint.pt").exists() else
+                           fit_autoencoder(config, images, folder, device))
+            reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
+        data, labels = encode_all(autoencoder, images, config, device)
+        denoiser = fit_denoiser(config, data, labels, autoencoder, classes, folder, device)
         (folder / "autoencoder.pt").unlink(missing_ok=True)  # checkpoint.pt holds it too
         loss_figure(folder)
-        evaluate_run(config, autoencoder, denoiser, classes, held_out, path)
+        autoencoder = autoencoder or denoiser
+        reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
+        evaluate_run(config, autoencoder, denoiser, classes, held_out, folder / "frechet.csv")
     return folder
 
 
@@ -809,17 +824,15 @@ def open_run(config):
     folder = pathlib.Path(config.resume or config.out or f"runs/{config.dataset}")
     held = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if config.resume:
-        if not held or held[0].suffix != ".pt":
-            raise UserError(f"--resume {folder}: no checkpoint in it; a run that ended before its "
-                            f"first one has to be started again")
+        refuse(not held or held[0].suffix != ".pt",
+               f"--resume {folder}: no checkpoint in it; it has to be started again")
         saved = read_checkpoint(held[0])["config"]
         config = dataclasses.replace(saved, resume=config.resume, device=config.device,
                                      data_dir=config.data_dir or saved.data_dir)
-    elif held and not config.overwrite:
-        raise UserError(f"{folder} already holds a run: go on with it (--resume {folder}), replace "
-                        f"it (--overwrite), or choose another --out")
-    data_dir = config.data_dir and os.path.abspath(config.data_dir)  # --resume works from anywhere
-    config = dataclasses.replace(config, data_dir=data_dir)
+    refuse(held and not (config.resume or config.overwrite), f"{folder} already holds a run: go on "
+           f"with it (--resume {folder}), replace it (--overwrite), or choose another --out")
+    root = config.data_dir and os.path.abspath(config.data_dir)      # --resume works from anywhere
+    config = dataclasses.replace(config, data_dir=root)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:                # gone with the process, in any case
         with contextlib.suppress(ImportError):               # Windows has no fcntl
@@ -833,6 +846,15 @@ def open_run(config):
 # 8. Sampling
 # --------------------------------------------------------------------------------------------------
 
+def guided(network, x, labels, null, scale):
+    """Classifier-free guidance: network(x, labels), pushed away from what the null label gives."""
+    if scale == 1:
+        return network(x, labels).float()
+    both = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, null)])
+    z, z_null = network(*both).float().chunk(2)
+    return z_null + scale * (z - z_null)
+
+
 @torch.no_grad()
 def sample(denoiser, labels, steps=4, cfg_scale=1.0, angle=math.pi / 2, schedule="decaying",
            fresh_noise=True, sphere=True, noise=None, generator=None, return_path=False):
@@ -842,33 +864,29 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, angle=math.pi / 2, schedule
     step, each time ("fixed") or less and less ("decaying"). noise: e of all steps [B, N, C] or of
     each [steps, B, N, C]; None draws it, once or, with fresh_noise, for each step. The last output
     is returned as it is; with return_path: (z, [each noisy point and each output in turn]).
+    A SphereEncoder puts out images [B, 3, H, W] and encodes them before the next step; the guidance
+    of both halves is then the root of cfg_scale.
     """
     if noise is None:
-        shape = len(labels), len(denoiser.positions), denoiser.head.out_features
-        noise = torch.randn((steps, *shape) if fresh_noise else shape, generator=generator,
-                            device=generator.device if generator else None).to(labels.device)
-    project, path = spherify if sphere else lambda z: z, []
-
-    def denoise(v):
-        if cfg_scale == 1:
-            return denoiser(v, labels).float()
-        null = torch.full_like(labels, denoiser.num_classes)
-        z, z_null = denoiser(v.repeat(2, 1, 1), torch.cat([labels, null])).float().chunk(2)
-        return z_null + cfg_scale * (z - z_null)
-
-    for k, e in enumerate(noise.expand(steps, *noise.shape[-3:])):
+        shape = [steps] * fresh_noise + [len(labels), *denoiser.latent_shape]
+        noise = torch.randn(shape, generator=generator, device=generator and generator.device)
+    project, path, null = spherify if sphere else lambda z: z, [], denoiser.num_classes
+    if pixels := isinstance(denoiser, SphereEncoder):
+        cfg_scale = math.sqrt(cfg_scale)
+    for k, e in enumerate(noise.to(labels.device).expand(steps, *noise.shape[-3:])):
         alpha = angle if schedule == "fixed" else angle * (1 - k / steps)
+        if k and pixels:
+            z = guided(denoiser.encode_raw, z, labels, null, cfg_scale)
         v = project(tilt(project(z), e, alpha) if k else e)                  # [B, N, C]
-        z = denoise(v)                                                       # [B, N, C]
+        z = guided(denoiser, v, labels, null, cfg_scale)                     # [B, N, C]
         path += [v, z]
     return (z, path) if return_path else z
 
 
 def seeded_noise(count, latent_shape, seed, draws=1):
     """Noise [draws, count, N, C]; that of image i depends on the seed and i alone."""
-    generators = [seeded(seed, i) for i in range(count)]
-    return torch.stack([torch.stack([torch.randn(latent_shape, generator=generator)
-                                     for generator in generators]) for _ in range(draws)])
+    shape = draws, *latent_shape
+    return torch.stack([torch.randn(shape, generator=seeded(seed, i)) for i in range(count)], 1)
 
 
 @torch.no_grad()
@@ -877,7 +895,7 @@ def sample_images(denoiser, autoencoder, labels, config, batch=100):
 
     An image depends on its label, its place i and the seed, not on how many are drawn at a time.
     """
-    device, images = denoiser.positions.device, []
+    device, images = next(denoiser.parameters()).device, []
     draws = config.steps if config.fresh_noise else 1
     noise = seeded_noise(len(labels), autoencoder.latent_shape, config.seed, draws)
     for y, e in zip(labels.split(batch), noise.split(batch, dim=1)):
@@ -885,7 +903,7 @@ def sample_images(denoiser, autoencoder, labels, config, batch=100):
             z = sample(denoiser, y.to(device), config.steps, config.cfg_scale, noise=e.to(device),
                        angle=math.radians(config.tilt), schedule=config.tilt_schedule,
                        sphere=config.spherify)
-            images.append(autoencoder.decode(z).cpu())
+            images.append((z.clamp(0, 1) if z.dim() == 4 else autoencoder.decode(z)).cpu())
     return torch.cat(images)
 
 
@@ -927,21 +945,20 @@ def evaluate_run(config, autoencoder, denoiser, classes, real, path):
     """Print, and write to `path`, the Fréchet distance to `real` at 1, 2, 4 and 6 steps."""
     labels = torch.arange(config.eval_samples) % len(classes)
     reference = latent_gaussian(autoencoder, real.pixels / 255)
-    rows = [["steps", "frechet_distance"]]
+    found = {}
     print(f"Fréchet distance in latents of the frozen autoencoder ({config.autoencoder}), "
           f"{len(labels)} samples against {len(real)} held-out images, CFG {config.cfg_scale:g}:")
     for steps, images in at_each_step_count(denoiser, autoencoder, labels, config).items():
-        d = frechet_distance(*latent_gaussian(autoencoder, images), *reference)
-        print(f"  steps: {steps}   Fréchet distance {d:.3f}")
-        rows.append([steps, d])
-    write_table(path, rows)
+        found[steps] = frechet_distance(*latent_gaussian(autoencoder, images), *reference)
+        print(f"  steps: {steps}   Fréchet distance {found[steps]:.3f}")
+    write_table(path, [["steps", "frechet_distance"], *found.items()])
 
 
 # --------------------------------------------------------------------------------------------------
 # 10. Figures
 # --------------------------------------------------------------------------------------------------
 
-def picture(path, rows, row_names, column_names=None, title=""):
+def picture(path, rows, row_names, column_names=None):
     """A sheet of images: rows is a list of [n, 3, H, W] in [0, 1], with one name each."""
     from matplotlib.figure import Figure
     side, columns = rows[0].shape[-1], len(rows[0])
@@ -954,7 +971,6 @@ def picture(path, rows, row_names, column_names=None, title=""):
     axes.set_yticks(middle[:len(rows)], row_names, parse_math=False)
     axes.set_xticks(middle[:columns], column_names or [""] * columns, parse_math=False)
     axes.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
-    axes.set_title(title, fontsize=8)
     axes.spines[:].set_visible(False)
     figure.savefig(path)
 
@@ -975,7 +991,7 @@ def reconstruction_figure(autoencoder, images, path):
         y = autoencoder.decode(autoencoder.encode(x.to(device))).cpu()
     psnr = float(-10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10().mean())
     names = [images.classes[label] for label in images.labels[chosen[:12]]]
-    picture(path, [x[:12], y[:12]], ["image", "rebuilt"], names, f"PSNR {psnr:.1f} dB")
+    picture(path, [x[:12], y[:12]], ["image", f"rebuilt:\n{psnr:.1f} dB"], names)
     return psnr
 
 
@@ -986,8 +1002,7 @@ def loss_figure(folder):
     steps, *losses = zip(*rows)
     figure = Figure((6, 3.5), dpi=128)
     axes = figure.subplots()
-    for name, loss in zip(names[1:4], losses):
-        axes.plot(steps, loss, label=name, lw=1)
+    axes.plot(steps, list(zip(*losses[:3])), label=names[1:4], lw=1)
     axes.set(xlabel="updates", ylabel="loss, unweighted", yscale="log")
     axes.legend(fontsize=8)
     figure.savefig(folder / "loss.png", bbox_inches="tight")
@@ -998,14 +1013,18 @@ def loss_figure(folder):
 # --------------------------------------------------------------------------------------------------
 
 def load_run(path, device="cpu"):
-    """A run folder or checkpoint file -> config, autoencoder, averaged denoiser in eval mode."""
+    """A run folder or checkpoint file -> config, autoencoder, averaged denoiser in eval mode.
+
+    Sphere Encoder is both: the second and the third are one model.
+    """
     path = pathlib.Path(path)
     state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
-    if "autoencoder" not in state:
-        raise UserError(f"{path} holds only an autoencoder: train --resume {path.parent} goes on")
+    refuse("autoencoder" not in state, f"{path} is half a run: train --resume {path.parent}")
     with explained(f"{path} is no checkpoint of this program, or damaged"):
         autoencoder = load_autoencoder(state["config"].autoencoder, state["config"])
         denoiser = denoiser_for(state["config"], autoencoder.latent_shape, len(state["classes"]))
+        if isinstance(denoiser, SphereEncoder):
+            autoencoder, state["autoencoder"] = denoiser, state["ema"]
         denoiser.classes = state["classes"]
         for model, weights in ((autoencoder, state["autoencoder"]), (denoiser, state["ema"])):
             model.load_state_dict(weights)
@@ -1019,18 +1038,18 @@ def open_checkpoint(given, default_out):
     config, *models = load_run(checkpoint, resolve_device(given.get("device", "auto")))
     out = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / default_out
     out, ending = pathlib.Path(out), pathlib.Path(default_out).suffix
-    if out.suffix != ending or out.is_dir():
-        raise UserError(f"--out {out}: must be a file that ends in {ending}")
+    refuse(out.suffix != ending or out.is_dir(), f"--out {out}: not a file that ends in {ending}")
     out.parent.mkdir(parents=True, exist_ok=True)
     return dataclasses.replace(config, **given), *models, out
 
 
 def train_command(given):
     """Learn the autoencoder and the denoiser, then draw samples and measure them."""
-    if "resume" in given and (not given["resume"] or set(given) - {"resume", "device", "data_dir"}):
-        raise UserError("--resume RUN takes all from there: no other flag but --device, --data-dir")
-    usual = "folder" if "data_dir" in given else "drawn"
-    config = dataclasses.replace(preset(given.get("dataset", usual)), **given)
+    if "resume" in given:
+        refuse(not given["resume"] or set(given) - {"resume", "device", "data_dir"},
+               "--resume RUN takes all from there: no other flag but --device, --data-dir")
+    usual = given.get("dataset", "folder" if "data_dir" in given else "drawn")
+    config = dataclasses.replace(preset(usual, given.get("method", "sphere-latent")), **given)
     print(f"The pictures are in {train(config)}")
 
 
@@ -1041,9 +1060,9 @@ def sample_command(given):
     classes = denoiser.classes
     numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
     chosen = [numbers.get(name) for name in wanted or classes]
-    if None in chosen or not 1 <= count <= 100_000 / len(chosen):
-        raise UserError(f"--classes {' '.join(wanted or [])} --count {count}: choose from "
-                        f"{', '.join(classes)}, 1 or more of each, at most 100000 in all")
+    refuse(None in chosen or not 1 <= count <= 100_000 / len(chosen),
+           f"--classes {' '.join(wanted or [])} --count {count}: choose from {', '.join(classes)}, "
+           f"1 or more of each, at most 100000 in all")
     labels = torch.tensor(chosen).repeat_interleave(count)
     images = sample_images(denoiser, autoencoder, labels, config)
     picture(out, images.split(count), [classes[y] for y in chosen])
@@ -1081,8 +1100,7 @@ def build_parser():
         for name in names:
             kind, rule, default = fields[name].type, fields[name].metadata, fields[name].default
             text = f"{rule['help']} {' | '.join(rule['choices'])} (default: {default})"
-            how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
-                   {"type": kind, "metavar": kind.__name__.upper()})
+            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
             command.add_argument("--" + name.replace("_", "-"), help=text, **how)
         command.set_defaults(function=function)
         return command
@@ -1103,8 +1121,7 @@ def main(argv=None):
     """Run one command -> exit code: 0, 2 for what a person can put right, 130 for Ctrl-C."""
     try:
         given = vars(build_parser().parse_args(argv))
-        given.pop("function")(given)
-        return 0
+        return given.pop("function")(given) or 0
     except SystemExit as leave:                              # --help
         return leave.code or 0
     except KeyboardInterrupt as stop:

@@ -28,6 +28,11 @@ TRAINING = {
     "uniform angles": {"noise_distribution": "uniform"},
     "uniform tangent (85 deg)": {"noise_distribution": "uniform-tangent", "max_angle": 85.0},
     "EMA off": {"ema_decay": 0.0},
+    "target on the sphere": {"sphere_target": True},
+    "small angle up to a quarter": {"small_ratio": 0.25},
+    "small angle up to the large": {"small_ratio": 1.0},
+    "autoencoder: 300 updates": {"autoencoder_steps": 300},
+    "autoencoder: 16 channels": {"latent_channels": 16},
 }
 SAMPLING = {
     "1 step": {"steps": 1}, "2 steps": {"steps": 2}, "4 steps": {"steps": 4}, "6 steps": {"steps": 6},
@@ -53,12 +58,17 @@ def main():
     images, device = sl.load_images(config, "train"), torch.device("cpu")
     judge, right = train_judge(images, sl.load_images(config, "test"))
     print(f"judge: {right:.3f} of the held-out drawings right", flush=True)
-    latents, labels = sl.encode_all(autoencoder, images, config, device)
     for row in given.only:
+        coder = autoencoder
+        if row.startswith("autoencoder"):                    # its own, one for all seeds
+            folder = pathlib.Path(tempfile.mkdtemp())
+            coder = sl.fit_autoencoder(dataclasses.replace(config, **TRAINING[row]), images, folder, device)
+            shutil.rmtree(folder)
+        latents, labels = sl.encode_all(coder, images, config, device)
         for seed in given.seeds:
             changed = dataclasses.replace(config, train_steps=given.updates, seed=seed, save_every=10 ** 9, **TRAINING[row])
             folder = pathlib.Path(tempfile.mkdtemp())
-            sl.fit_denoiser(changed, latents, labels, autoencoder, images.classes, folder, device)
+            sl.fit_denoiser(changed, latents, labels, coder, images.classes, folder, device)
             sampling = SAMPLING if row == "default" else dict(list(SAMPLING.items())[:4])
             for name, (share, distance) in judge_run(judge, folder, 600, sampling).items():
                 print(f"{row} | seed {seed} | {name} | {distance:.4f} | {share:.3f}", flush=True)

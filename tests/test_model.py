@@ -84,8 +84,7 @@ def test_pca_start_is_the_best_linear_code():
     patches = autoencoder.patches(images).flatten(0, 1)
     u, s, v = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
     best = ((patches - patches.mean(0)) - u[:, :12] * s[:12] @ v[:12]).square().mean()
-    t = (autoencoder.patches(images) - autoencoder.patch_mean) @ autoencoder.basis / autoencoder.patch_scale
-    z = t[..., :12] @ autoencoder.mix
+    z = (autoencoder.patches(images) - autoencoder.patch_mean) @ autoencoder.whiten @ autoencoder.mix
     torch.testing.assert_close((autoencoder.decode_raw(z) - images).square().mean(), best, rtol=0.02, atol=1e-6)
 
 

@@ -1,0 +1,169 @@
+"""Sphere Encoder, the predecessor, in the same file: the same losses, the same loop, through pixels."""
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import compare
+import sphere_latent as sl
+from conftest import SMALL
+
+
+@pytest.fixture(scope="module")
+def predecessor(small, tmp_path_factory):
+    """A finished run of Sphere Encoder, a few updates."""
+    folder = tmp_path_factory.mktemp("runs") / "predecessor"
+    assert sl.main(["train", *SMALL, "--method", "sphere-encoder", "--out", str(folder)]) == 0
+    return folder
+
+
+def random_model(classes=3):
+    """A small SphereEncoder whose labels and transformers matter, as after training."""
+    torch.manual_seed(0)
+    config = sl.Config(method="sphere-encoder", image_size=16, patch_size=8, latent_channels=8)
+    model = sl.denoiser_for(config, None, classes)
+    for weight in model.parameters():
+        if weight.requires_grad and weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def test_the_preset_is_what_the_paper_says_as_far_as_it_is_known():
+    config = sl.preset("drawn", "sphere-encoder")
+    assert (config.noise_distribution, config.max_angle, config.latent_consistency_weight) == ("uniform-tangent", 85, 0.1)
+    assert (config.tilt, config.tilt_schedule, config.fresh_noise) == (85, "fixed", False)
+    assert 25 <= config.reconstruction_weight <= 50 and 1 <= config.consistency_weight <= 25
+    assert sl.preset("cifar10", "sphere-encoder").image_size == 32
+
+
+def test_a_run_has_the_usual_files_and_one_model_for_both_halves(predecessor):
+    config, autoencoder, model = sl.load_run(predecessor)
+    assert autoencoder is model and isinstance(model, sl.SphereEncoder) and config.method == "sphere-encoder"
+    names = {path.name for path in predecessor.iterdir()}
+    assert {"checkpoint.pt", "config.json", "log.csv", "loss.png", "samples.png", "reconstructions.png"} <= names
+    assert not {"autoencoder.pt", "autoencoder.csv"} & names
+
+
+def test_it_can_be_sampled_evaluated_rebuilt_and_resumed(predecessor, tmp_path, capsys):
+    for words in (["sample", "--steps", "3", "--classes", "poppy", "0", "--out", str(tmp_path / "a.png")],
+                  ["evaluate", "--eval-samples", "24", "--out", str(tmp_path / "a.csv")],
+                  ["reconstruct", "--out", str(tmp_path / "b.png")]):
+        assert sl.main([*words, "--checkpoint", str(predecessor)]) == 0
+    assert "Fréchet distance" in capsys.readouterr().out
+    assert sl.main(["train", "--resume", str(predecessor)]) == 0
+
+
+def test_resumed_equals_unbroken(predecessor, tmp_path, monkeypatch):
+    out, rate = tmp_path / "run", sl.learning_rate_at
+
+    def stop(step, steps, config):
+        if step == 4:
+            raise KeyboardInterrupt
+        return rate(step, steps, config)
+    monkeypatch.setattr(sl, "learning_rate_at", stop)
+    words = [*SMALL, "--method", "sphere-encoder", "--out", str(out), "--save-every", "3"]
+    assert sl.main(["train", *words]) == 130
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 3
+    monkeypatch.setattr(sl, "learning_rate_at", rate)
+    assert sl.main(["train", "--resume", str(out)]) == 0
+    states = [torch.load(run / "checkpoint.pt", weights_only=True)["ema"] for run in (predecessor, out)]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_both_halves_know_the_label_and_both_are_trained(predecessor):
+    model, x, v = random_model(), torch.rand(2, 3, 16, 16), sl.spherify(torch.randn(2, 4, 8))
+    a, b = torch.tensor([0, 0]), torch.tensor([1, 2])
+    assert (model.encode_raw(x, a) - model.encode_raw(x, b)).abs().max() > 1e-3
+    assert (model(v, a) - model(v, b)).abs().max() > 1e-3
+    start = sl.denoiser_for(sl.load_run(predecessor)[0], None, 12)
+    trained = torch.load(predecessor / "checkpoint.pt", weights_only=True)["model"]
+    for half in ("encoder.head.weight", "decoder.head.weight"):              # zero before the first update
+        assert not start.state_dict()[half].any() and trained[half].any()
+
+
+def test_the_losses_are_those_of_the_paper_by_hand():
+    """decode = D, encode = f o E, target = the image: the same sphere_losses."""
+    config, model = sl.preset("drawn", "sphere-encoder"), random_model()
+    x, y, e = torch.rand(2, 3, 16, 16), torch.tensor([0, 2]), torch.randn(2, 4, 8)
+    small, large = torch.tensor([0.1, 0.2]), torch.tensor([1.0, 1.4])
+    v = model.encode_raw(x, y)
+    got = sl.sphere_losses(model, lambda images: model.encode_raw(images, y), v, x, y, e, small, large, config)
+    near, far = (model(sl.spherify(v + alpha.tan()[:, None, None] * e), y) for alpha in (small, large))
+    cosine = F.cosine_similarity(model.encode_raw(far, y).flatten(1), v.flatten(1)).mean()
+    want = F.smooth_l1_loss(near, x), F.smooth_l1_loss(far, near), 1 - cosine
+    torch.testing.assert_close(torch.stack([got[name] for name in list(got)[:3]]), torch.stack(want), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(got["total"], 25 * want[0] + config.consistency_weight * want[1] + 0.1 * want[2],
+                               rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.25])
+def test_a_step_decodes_encodes_tilts_and_decodes_guided_by_the_root_in_each_half(scale):
+    model, y, null = random_model(), torch.tensor([0, 2]), torch.tensor([3, 3])
+    e = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
+
+    def guided(half, x):
+        return half(x, null) + math.sqrt(scale) * (half(x, y) - half(x, null))
+    x = guided(model, sl.spherify(e))
+    for _ in range(2):
+        x = guided(model, sl.noisy_spherify(guided(model.encode_raw, x), e, math.radians(85)))
+    got = sl.sample(model, y, 3, scale, angle=math.radians(85), schedule="fixed", noise=e)
+    torch.testing.assert_close(got, x, rtol=1e-3, atol=1e-3)
+
+
+def test_samples_do_not_depend_on_the_batch(predecessor):
+    config, autoencoder, model = sl.load_run(predecessor)
+    whole, parts = (sl.sample_images(model, autoencoder, torch.arange(10), config, batch) for batch in (10, 3))
+    assert whole.shape == (10, 3, 16, 16) and 0 <= whole.min() and whole.max() <= 1
+    torch.testing.assert_close(whole, parts, rtol=1e-3, atol=1e-2)
+
+
+def test_the_target_can_be_put_on_the_sphere(run, tmp_path, monkeypatch):
+    seen, losses = [], sl.sphere_losses
+    monkeypatch.setattr(sl, "sphere_losses", lambda d, e, v, target, *rest: seen.append(target) or losses(d, e, v, target, *rest))
+    for flag in ("--no-sphere-target", "--sphere-target"):
+        assert sl.main(["train", *SMALL, "--train-steps", "1", flag, "--out", str(tmp_path / flag)]) == 0
+    torch.testing.assert_close(sl.spherify(seen[0]), seen[1])
+    assert not torch.allclose(seen[0], seen[1])
+
+
+def test_side_by_side(run, predecessor):
+    """The table of compare.py: what it counts and measures, on two tiny runs."""
+    runs = {str(path): sl.load_run(path) for path in (run, predecessor)}
+    held_out = sl.load_images(runs[str(run)][0], "test")
+    judge = compare.train_judge(held_out, held_out, steps=2)[0]
+    rows, sheets = compare.compare(runs, judge, held_out, samples=24, timed=4)
+    table = {(row["run"], row["steps"]): row for row in rows}
+    for path, (config, autoencoder, model) in runs.items():
+        assert all(0 < row["ms"] and 0 <= row["judge"] and 0 <= row["untrained"] for row in rows)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(2, *autoencoder.latent_shape), torch.tensor([0, 12]))
+        step = counter.get_total_flops() / 1e9
+        one, four = table[path, 1]["GFLOPs"], table[path, 4]["GFLOPs"]
+        if config.method == "sphere-latent":                                 # decoding, once, is not in `step`
+            assert four - one == pytest.approx(3 * step) and one > step
+            assert table[path, 1]["parameters"] == sum(p.numel() for m in (autoencoder, model) for p in m.parameters())
+        else:
+            assert one == pytest.approx(step) and four > 4 * step + 2 * step  # encoding comes three times
+    assert len(sheets) == 8 and all(images.shape == (12, 3, 16, 16) for images in sheets.values())
+
+
+def test_the_untrained_network_tells_worse_from_better(generator):
+    images = sl.drawn_images("test", 64).pixels[:200] / 255
+    half, other = images[:100], images[100:]
+    blur = F.interpolate(F.avg_pool2d(half, 8), 64)
+    noise = (half + 0.2 * torch.randn(half.shape, generator=generator)).clamp(0, 1)
+    same = compare.distance(compare.untrained_features, half, other)
+    assert all(same < compare.distance(compare.untrained_features, worse, other) for worse in (blur, noise, torch.rand_like(half)))
+
+
+def test_a_changed_method_is_refused_in_one_line(predecessor, tmp_path, capsys):
+    state = torch.load(predecessor / "checkpoint.pt", weights_only=True)
+    state["config"]["method"] = "sphere-latent"
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert sl.main(["sample", "--checkpoint", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert dataclasses.replace(sl.Config(), method="sphere-encoder").method == "sphere-encoder"
+    assert sl.main(["train", "--method", "sphere"]) == 2 and "--method" in capsys.readouterr().err
