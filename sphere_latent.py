@@ -12,10 +12,15 @@ The method, after "Efficient Image Synthesis with Sphere Latent Encoder" (arXiv 
   5. To draw an image: v = f(e), z_hat = denoise(v); then, for each further step, tilt f(z_hat)
      back into noise, by a smaller angle each time, and denoise again. Decode the last z_hat, once.
 
+Sphere Encoder, the predecessor (arXiv 2602.15030), has the same losses and no frozen autoencoder:
+its encoder and decoder learn together, on pixels, and both run in every step. It is here as well,
+as the baseline: sphere_losses, fit_denoiser and sample serve both, SphereEncoder is its model.
+
 Commands, from the smallest:
   python sphere_latent.py train                                  5 to 18 minutes, two cores, offline
   python sphere_latent.py sample --checkpoint runs/drawn --classes poppy daisy --out flowers.png
   python sphere_latent.py evaluate --checkpoint runs/drawn
+  python sphere_latent.py train --method sphere-encoder --out runs/pixels    the predecessor
   python sphere_latent.py train --dataset folder --data-dir PATH             your own images
 
 Contents: 1 Configuration, 2 Images, 3 The transformer, 4 Frozen autoencoders, 5 The sphere,
@@ -26,6 +31,7 @@ and a ViT-XL decoder. Its loss weights, its logit-normal, its sampler's noise an
 not known to us; ours come from the ablations in the README: a logit-normal of mean 1.2, and new
 noise at a smaller angle for each step (Sphere Encoder, the predecessor, found both best fixed).
 That the denoiser is not told the noise level is our inference from the published parameter count.
+Sphere Encoder here lacks its perceptual loss; its two halves have TinyRAE's patches and PCA start.
 """
 import argparse
 import contextlib
@@ -110,12 +116,13 @@ class Config:
     # optimisation
     train_steps: int = option(1700, "updates of the denoiser", least=1)
     batch_size: int = option(32, "images in an update", least=1, most=65536)
-    learning_rate: float = option(3e-3, "AdamW: largest learning rate")
+    learning_rate: float = option(3e-3, "AdamW (no weight decay: Adam): largest learning rate")
     ema_decay: float = option(0.995, "decay of the average of the weights; 0 is off", most=1)
     save_every: int = option(500, "updates between checkpoints and sample pictures", least=1)
     # sampling and evaluation
     steps: int = option(4, "denoiser steps to make an image", least=1, most=1000)
     cfg_scale: float = option(1.5, "classifier-free guidance; 1 is off")
+    cfg_position: str = option("both", "sphere-encoder: guide it", ("encoder", "decoder", "both"))
     tilt: float = option(90.0, "angle back into noise, degrees; decaying: (1 - k / steps) times it")
     tilt_schedule: str = option("decaying", "the angle over the steps", ("decaying", "fixed"))
     fresh_noise: bool = option(True, "new noise at each step (off: the same at all steps)")
@@ -149,9 +156,8 @@ def preset(dataset, method="sphere-latent"):
     changes = {"folder": dict(train_steps=9000, autoencoder_steps=4000, cfg_scale=3.0),
                "cifar10": dict(image_size=32, patch_size=4, latent_channels=16, model_size="S"),
                "sphere-encoder": dict(
-                   noise_distribution="uniform-tangent", max_angle=85.0, learning_rate=1e-3,
-                   reconstruction_weight=25.0, consistency_weight=2.0,
-                   tilt=85.0, tilt_schedule="fixed", fresh_noise=False)}
+                   noise_distribution="uniform-tangent", max_angle=85.0, reconstruction_weight=25.0,
+                   consistency_weight=2.0, tilt=85.0, tilt_schedule="fixed", fresh_noise=False)}
     return Config(method, dataset, **changes.get(dataset, {}), **changes.get(method, {}))
 
 
@@ -661,8 +667,7 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
     """
     device, weights = next(model.parameters()).device, list(model.parameters())
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimiser = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0,
-                                  fused=device.type != "mps")
+    optimiser = torch.optim.Adam(weights, betas=(0.9, 0.95), fused=device.type != "mps")
     parts = {"model": model, "ema": average, "optimiser": optimiser}
     first, log, recent, asked, began = 0, [], [], [], time.time()
     table = path.with_name("log.csv" if keep else "autoencoder.csv")
@@ -857,26 +862,26 @@ def guided(network, x, labels, null, scale):
 
 @torch.no_grad()
 def sample(denoiser, labels, steps=4, cfg_scale=1.0, angle=math.pi / 2, schedule="decaying",
-           fresh_noise=True, sphere=True, noise=None, generator=None, return_path=False):
+           fresh_noise=True, sphere=True, noise=None, generator=None, return_path=False, share=0.5):
     """Random points of the sphere to clean latents [B, N, C], with `steps` calls of the denoiser.
 
     labels [B]; cfg_scale 1 is off; angle, radians: how far the point is tilted back before the next
     step, each time ("fixed") or less and less ("decaying"). noise: e of all steps [B, N, C] or of
     each [steps, B, N, C]; None draws it, once or, with fresh_noise, for each step. The last output
     is returned as it is; with return_path: (z, [each noisy point and each output in turn]).
-    A SphereEncoder puts out images [B, 3, H, W] and encodes them before the next step; the guidance
-    of both halves is then the root of cfg_scale.
+    A SphereEncoder puts out images [B, 3, H, W], which it encodes before the next step; share: how
+    much of the guidance its encoder has: 0.5, as much as the decoder, is the root for each.
     """
     if noise is None:
         shape = [steps] * fresh_noise + [len(labels), *denoiser.latent_shape]
         noise = torch.randn(shape, generator=generator, device=generator and generator.device)
     project, path, null = spherify if sphere else lambda z: z, [], denoiser.num_classes
     if pixels := isinstance(denoiser, SphereEncoder):
-        cfg_scale = math.sqrt(cfg_scale)
+        encoder_scale, cfg_scale = cfg_scale ** share, cfg_scale ** (1 - share)
     for k, e in enumerate(noise.to(labels.device).expand(steps, *noise.shape[-3:])):
         alpha = angle if schedule == "fixed" else angle * (1 - k / steps)
         if k and pixels:
-            z = guided(denoiser.encode_raw, z, labels, null, cfg_scale)
+            z = guided(denoiser.encode_raw, z, labels, null, encoder_scale)
         v = project(tilt(project(z), e, alpha) if k else e)                  # [B, N, C]
         z = guided(denoiser, v, labels, null, cfg_scale)                     # [B, N, C]
         path += [v, z]
@@ -896,13 +901,14 @@ def sample_images(denoiser, autoencoder, labels, config, batch=100):
     An image depends on its label, its place i and the seed, not on how many are drawn at a time.
     """
     device, images = next(denoiser.parameters()).device, []
+    share = {"encoder": 1.0, "decoder": 0.0, "both": 0.5}[config.cfg_position]
     draws = config.steps if config.fresh_noise else 1
     noise = seeded_noise(len(labels), autoencoder.latent_shape, config.seed, draws)
     for y, e in zip(labels.split(batch), noise.split(batch, dim=1)):
         with autocast(device):
             z = sample(denoiser, y.to(device), config.steps, config.cfg_scale, noise=e.to(device),
                        angle=math.radians(config.tilt), schedule=config.tilt_schedule,
-                       sphere=config.spherify)
+                       sphere=config.spherify, share=share)
             images.append((z.clamp(0, 1) if z.dim() == 4 else autoencoder.decode(z)).cpu())
     return torch.cat(images)
 
@@ -1105,7 +1111,7 @@ def build_parser():
         command.set_defaults(function=function)
         return command
 
-    sampling = ["cfg_scale", "tilt", "tilt_schedule", "fresh_noise", "seed", "device"]
+    sampling = "cfg_scale cfg_position tilt tilt_schedule fresh_noise seed device".split()
     add(train_command, fields)
     draw = add(sample_command, ["steps", *sampling])
     draw.add_argument("--classes", nargs="+", help="names or numbers of classes (default: all)")
