@@ -384,6 +384,8 @@ class Transformer(nn.Module):
     def forward(self, x, labels=None):
         if labels is None:
             labels = torch.full((len(x),), self.num_classes, device=x.device)
+        if labels.device.type == "cpu" and not ((0 <= labels) & (labels <= self.num_classes)).all():
+            raise ValueError(f"labels go from 0 to {self.num_classes} (the null label): {labels}")
         c = F.silu(self.labels(labels))                                      # [B, D]
         x = self.embed(x) + self.positions                                   # [B, N, D]
         for block in self.blocks:
@@ -411,11 +413,6 @@ class Denoiser(Transformer):
     def __init__(self, latent_shape, num_classes, width, depth, heads):
         super().__init__(*latent_shape, latent_shape[1], width, depth, heads, num_classes)
         self.latent_shape = latent_shape
-
-    def forward(self, v, labels):
-        if labels.device.type == "cpu" and not ((0 <= labels) & (labels <= self.num_classes)).all():
-            raise ValueError(f"labels go from 0 to {self.num_classes} (the null label): {labels}")
-        return super().forward(v, labels)                    # on a GPU, looking would mean waiting
 
 
 MODEL_SIZES = {"tiny": (256, 6, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16),
@@ -937,26 +934,35 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-@torch.no_grad()
-def latent_gaussian(autoencoder, images):
-    """Mean and covariance of the features of images [n, 3, H, W]: each channel's mean and standard
-    deviation over the tokens of the latent, 2C numbers an image."""
-    device = autoencoder.latent_mean.device
-    z = torch.cat([autoencoder.encode(x.to(device)).cpu() for x in images.split(100)]).double()
-    features = torch.cat([z.mean(1), z.std(1)], dim=1)                       # [n, 2C]
+def untrained_features(images, widths=(3, 32, 64, 128, 128)):
+    """Images [n, 3, H, W] -> features [n, 256] of convolutions with fixed random weights.
+
+    They were learned from nothing, so no run is nearer to them than another. On the drawings they
+    rank samples as a trained classifier does (README).
+    """
+    x = 2 * F.interpolate(images, (64, 64), mode="bilinear") - 1
+    for number, (a, b) in enumerate(zip(widths, widths[1:])):
+        weight = torch.empty(b, a, 4, 4)
+        nn.init.orthogonal_(weight, 2 ** 0.5, generator=seeded(0, number))
+        x = F.relu(F.conv2d(x, weight, stride=2, padding=1))                 # [n, b, H/2, W/2]
+    return torch.cat([x.mean((2, 3)), x.std((2, 3))], dim=1)
+
+
+def gaussian(images):
+    """Mean and covariance of the features of images [n, 3, H, W]."""
+    features = torch.cat([untrained_features(x) for x in images.split(100)]).double()
     return features.mean(0), torch.cov(features.T)
 
 
 def evaluate_run(config, autoencoder, denoiser, classes, real, path):
     """Print, and write to `path`, the Fréchet distance to `real` at 1, 2, 4 and 6 steps."""
     labels = torch.arange(config.eval_samples) % len(classes)
-    reference = latent_gaussian(autoencoder, real.pixels / 255)
-    found = {}
-    print(f"Fréchet distance in latents of the frozen autoencoder ({config.autoencoder}), "
+    reference, found = gaussian(real.pixels / 255), {}
+    print(f"Fréchet distance in features of an untrained network, in units of real variance, "
           f"{len(labels)} samples against {len(real)} held-out images, CFG {config.cfg_scale:g}:")
     for steps, images in at_each_step_count(denoiser, autoencoder, labels, config).items():
-        found[steps] = frechet_distance(*latent_gaussian(autoencoder, images), *reference)
-        print(f"  steps: {steps}   Fréchet distance {found[steps]:.3f}")
+        found[steps] = frechet_distance(*gaussian(images), *reference) / reference[1].trace().item()
+        print(f"  steps: {steps}   Fréchet distance {found[steps]:.4f}")
     write_table(path, [["steps", "frechet_distance"], *found.items()])
 
 
@@ -1006,8 +1012,7 @@ def loss_figure(folder):
     from matplotlib.figure import Figure
     names, *rows = read_checkpoint(folder / "checkpoint.pt")["log"]
     steps, *losses = zip(*rows)
-    figure = Figure((6, 3.5), dpi=128)
-    axes = figure.subplots()
+    axes = (figure := Figure((6, 3.5), dpi=128)).subplots()
     axes.plot(steps, list(zip(*losses[:3])), label=names[1:4], lw=1)
     axes.set(xlabel="updates", ylabel="loss, unweighted", yscale="log")
     axes.legend(fontsize=8)

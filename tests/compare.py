@@ -10,13 +10,11 @@ learned from drawings alone, and an untrained network's, learned from nothing. -
 """
 import argparse
 import dataclasses
-import itertools
 import pathlib
 import sys
 import time
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
@@ -24,15 +22,6 @@ from judge import accuracy, judge_features, train_judge  # noqa: E402
 import sphere_latent as sl  # noqa: E402
 
 STEPS = (1, 2, 4, 6)
-
-
-def untrained_features(images, widths=(3, 32, 64, 128, 128)):
-    """[n, 3, H, W] -> [n, 256]: mean and deviation of what four layers of random orthogonal weights see."""
-    x = 2 * F.interpolate(images, (64, 64), mode="bilinear") - 1
-    for number, (a, b) in enumerate(itertools.pairwise(widths)):
-        weight = torch.nn.init.orthogonal_(torch.empty(b, a, 4, 4), 2 ** 0.5, generator=sl.seeded(0, number))
-        x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
-    return torch.cat([x.mean((2, 3)), x.std((2, 3))], dim=1)
 
 
 def distance(features, images, reference):
@@ -63,7 +52,7 @@ def compare(runs, judge, held_out, samples=600, timed=50):
                      "parameters": sum(p.numel() for model in {autoencoder, denoiser} for p in model.parameters()),
                      "ms": 1000 * min(seconds[name, steps]), "as asked": accuracy(judge, images, labels),
                      "judge": distance(lambda x: judge_features(judge, x), images, real),
-                     "untrained": distance(untrained_features, images, real)})
+                     "untrained": distance(sl.untrained_features, images, real)})
         sheets[f"{pathlib.Path(name).name}: {steps}"] = images[:12]
     return rows, sheets
 

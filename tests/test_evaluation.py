@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch.nn.functional as F
 
 import sphere_latent as sl
 
@@ -34,8 +35,24 @@ def test_singular_covariances_are_allowed():
     assert sl.frechet_distance([0, 0], cov, [0, 0], np.diag([0.0, 1.0])) == pytest.approx(2)
 
 
-def test_features_see_a_difference(run):
-    _, autoencoder, _ = sl.load_run(run)
-    images = sl.drawn_images("test", 16).pixels[:200] / 255
-    a, b, noise = (sl.latent_gaussian(autoencoder, x) for x in (images[:100], images[100:], torch.rand(100, 3, 16, 16)))
-    assert 0 <= sl.frechet_distance(*a, *b) < 0.2 * sl.frechet_distance(*a, *noise)
+def test_features_see_a_difference_and_tell_better_from_worse(generator):
+    images = sl.drawn_images("test", 64).pixels[:200] / 255
+    half, other = sl.gaussian(images[:100]), sl.gaussian(images[100:])
+    blurred = F.interpolate(F.avg_pool2d(images[:100], 8), 64)
+    grainy = (images[:100] + 0.2 * torch.randn(100, 3, 64, 64, generator=generator)).clamp(0, 1)
+    same = sl.frechet_distance(*half, *other)
+    for worse in (blurred, grainy, torch.rand(100, 3, 64, 64, generator=generator)):
+        assert 0 <= same < 0.8 * sl.frechet_distance(*sl.gaussian(worse), *other)
+
+
+def test_features_are_the_same_for_everyone_and_leave_the_seed_alone(generator):
+    """They belong to no run: neither a seed nor the size of a batch changes them."""
+    images, before = torch.rand(5, 3, 16, 16, generator=generator), torch.random.get_rng_state()
+    features = sl.untrained_features(images)
+    assert features.shape == (5, 256) and torch.equal(before, torch.random.get_rng_state())
+    torch.manual_seed(7)
+    torch.testing.assert_close(sl.untrained_features(images[:2]), features[:2], rtol=1e-4, atol=1e-5)
+    mean, cov = sl.gaussian(images)
+    torch.testing.assert_close(mean, features.double().mean(0))
+    torch.testing.assert_close(cov, torch.from_numpy(np.cov(features.double().numpy().T)))
+

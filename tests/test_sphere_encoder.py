@@ -163,15 +163,6 @@ def test_side_by_side(run, predecessor):
     assert len(sheets) == 8 and all(images.shape == (12, 3, 16, 16) for images in sheets.values())
 
 
-def test_the_untrained_network_tells_worse_from_better(generator):
-    images = sl.drawn_images("test", 64).pixels[:200] / 255
-    half, other = images[:100], images[100:]
-    blur = F.interpolate(F.avg_pool2d(half, 8), 64)
-    noise = (half + 0.2 * torch.randn(half.shape, generator=generator)).clamp(0, 1)
-    same = compare.distance(compare.untrained_features, half, other)
-    assert all(same < compare.distance(compare.untrained_features, worse, other) for worse in (blur, noise, torch.rand_like(half)))
-
-
 def test_a_changed_method_is_refused_in_one_line(predecessor, tmp_path, capsys):
     state = torch.load(predecessor / "checkpoint.pt", weights_only=True)
     state["config"]["method"] = "sphere-latent"
