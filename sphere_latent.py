@@ -155,9 +155,9 @@ def preset(dataset, method="sphere-latent"):
     """The Config that a data set and a method start from."""
     changes = {"folder": dict(train_steps=9000, autoencoder_steps=4000, cfg_scale=3.0),
                "cifar10": dict(image_size=32, patch_size=4, latent_channels=16, model_size="S"),
-               "sphere-encoder": dict(
-                   noise_distribution="uniform-tangent", max_angle=85.0, reconstruction_weight=25.0,
-                   consistency_weight=2.0, tilt=85.0, tilt_schedule="fixed", fresh_noise=False)}
+               "sphere-encoder": dict(noise_distribution="uniform-tangent", max_angle=85.0,
+                                      reconstruction_weight=25.0, consistency_weight=2.0, tilt=85.0,
+                                      tilt_schedule="fixed", fresh_noise=False, learning_rate=5e-3)}
     return Config(method, dataset, **changes.get(dataset, {}), **changes.get(method, {}))
 
 
