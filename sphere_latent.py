@@ -103,7 +103,7 @@ class Config:
     # the denoiser, or the two halves of Sphere Encoder, and the losses
     model_size: str = option("tiny", "size of each of them", ("tiny", "S", "B", "L", "XL"))
     spherify: bool = option(True, "project latents to the sphere (off: an ablation)")
-    sphere_target: bool = option(False, "the denoiser aims at f(z), on the sphere, in place of z")
+    sphere_target: bool = option(False, "sphere-latent: aim at f(z), on the sphere, not at z")
     noise_distribution: str = option("logit-normal", "distribution of the large angle",
                                      ("logit-normal", "uniform", "uniform-tangent"))
     noise_mean: float = option(1.2, "logit-normal: mean of the logit, deviation 1", least=-100)
@@ -158,7 +158,7 @@ def preset(dataset, method="sphere-latent"):
                "sphere-encoder": dict(noise_distribution="uniform-tangent", max_angle=85.0,
                                       reconstruction_weight=25.0, consistency_weight=2.0, tilt=85.0,
                                       tilt_schedule="fixed", fresh_noise=False, learning_rate=5e-3)}
-    return Config(method, dataset, **changes.get(dataset, {}), **changes.get(method, {}))
+    return Config(method, dataset, **changes.get(dataset, {}) | changes.get(method, {}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ class Images(torch.utils.data.Dataset):
     """Images in memory; [i] gives (image [3, H, W] float in [0, 1], label int)."""
 
     def __init__(self, pixels, labels, classes):
-        self.pixels, self.labels = pixels, torch.as_tensor(labels)   # [n, 3, H, W] uint8, [n]
-        self.classes = list(classes)                                 # names
+        # pixels [n, 3, H, W] uint8; labels [n]; classes: their names
+        self.pixels, self.labels, self.classes = pixels, torch.as_tensor(labels), list(classes)
 
     def __len__(self):
         return len(self.pixels)
@@ -551,15 +551,16 @@ def slerp(a, b, t):
 
 def sample_angles(batch, config, generator=None):
     """-> alpha_small, alpha_large, each [B], radians: tan(alpha_small) = s tan(alpha_large)."""
-    largest, device = math.radians(config.max_angle), generator.device if generator else None
+    on = {"generator": generator, "device": generator and generator.device}
+    largest = math.radians(config.max_angle)
     if config.noise_distribution == "logit-normal":
-        logit = torch.randn(batch, generator=generator, device=device)
-        large = largest * torch.sigmoid(config.noise_mean + logit)
+        large = largest * torch.sigmoid(config.noise_mean + torch.randn(batch, **on))
     elif config.noise_distribution == "uniform":
-        large = largest * torch.rand(batch, generator=generator, device=device)
-    else:                                                    # 0 to 1 in even parts over the batch
-        large = torch.atan(torch.linspace(0, math.tan(largest), batch, device=device))
-    s = config.small_ratio * torch.rand(batch, generator=generator, device=device)
+        large = largest * torch.rand(batch, **on)
+    else:                                                    # stratified: one in each part of 0..1
+        r = (torch.arange(batch, device=on["device"]) + torch.rand(batch, **on)) / batch
+        large = torch.atan(r * math.tan(largest))
+    s = config.small_ratio * torch.rand(batch, **on)
     return torch.atan2(s * large.sin(), large.cos()), large
 
 
@@ -670,8 +671,7 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
     table = path.with_name("log.csv" if keep else "autoencoder.csv")
     if path.exists():
         state = read_checkpoint(path, device)
-        refuse(state.get("classes") != keep.get("classes"), f"{path} is of other classes, not of "
-               f"those in {config.data_dir}")
+        refuse(state.get("classes") != keep.get("classes"), f"{path} is of other classes than now")
         with explained(f"{path} is no checkpoint of this program, or damaged"):
             first, log, began = int(state["step"]), state["log"], began - state["log"][-1][-1]
             for name, part in parts.items():
@@ -887,8 +887,9 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, angle=math.pi / 2, schedule
 
 def seeded_noise(count, latent_shape, seed, draws=1):
     """Noise [draws, count, N, C]; that of image i depends on the seed and i alone."""
-    shape = draws, *latent_shape
-    return torch.stack([torch.randn(shape, generator=seeded(seed, i)) for i in range(count)], 1)
+    generators = [seeded(seed, i) for i in range(count)]
+    return torch.stack([torch.stack([torch.randn(latent_shape, generator=generator)
+                                     for generator in generators]) for _ in range(draws)])
 
 
 @torch.no_grad()
@@ -942,8 +943,7 @@ def untrained_features(images, widths=(3, 32, 64, 128, 128)):
     """
     x = 2 * F.interpolate(images, (64, 64), mode="bilinear") - 1
     for number, (a, b) in enumerate(zip(widths, widths[1:])):
-        weight = torch.empty(b, a, 4, 4)
-        nn.init.orthogonal_(weight, 2 ** 0.5, generator=seeded(0, number))
+        weight = nn.init.orthogonal_(torch.empty(b, a, 4, 4), 2 ** 0.5, seeded(0, number))
         x = F.relu(F.conv2d(x, weight, stride=2, padding=1))                 # [n, b, H/2, W/2]
     return torch.cat([x.mean((2, 3)), x.std((2, 3))], dim=1)
 
@@ -958,10 +958,11 @@ def evaluate_run(config, autoencoder, denoiser, classes, real, path):
     """Print, and write to `path`, the Fréchet distance to `real` at 1, 2, 4 and 6 steps."""
     labels = torch.arange(config.eval_samples) % len(classes)
     reference, found = gaussian(real.pixels / 255), {}
+    unit = reference[1].trace().clamp(min=1e-9).item()       # images that are all the same have 0
     print(f"Fréchet distance in features of an untrained network, in units of real variance, "
           f"{len(labels)} samples against {len(real)} held-out images, CFG {config.cfg_scale:g}:")
     for steps, images in at_each_step_count(denoiser, autoencoder, labels, config).items():
-        found[steps] = frechet_distance(*gaussian(images), *reference) / reference[1].trace().item()
+        found[steps] = frechet_distance(*gaussian(images), *reference) / unit
         print(f"  steps: {steps}   Fréchet distance {found[steps]:.4f}")
     write_table(path, [["steps", "frechet_distance"], *found.items()])
 
@@ -1087,7 +1088,7 @@ def evaluate_command(given):
 
 
 def reconstruct_command(given):
-    """Show held-out images beside what the autoencoder makes of them."""
+    """Show held-out images beside what the autoencoder (of them alone, without labels) makes."""
     config, autoencoder, _, out = open_checkpoint(given, "reconstructions.png")
     psnr = reconstruction_figure(autoencoder, load_images(config, "test"), out)
     print(f"{out}: PSNR {psnr:.2f} dB on held-out images")

@@ -3,8 +3,9 @@
     python tests/ablate.py runs/drawn --updates 450 --seeds 0 1 2 [--only ROW ...]
 
 The first word is a finished run on the drawn flowers: its autoencoder makes the latents. For each row a denoiser is trained from
-nothing; 600 samples at 1, 2 and 4 steps are shown to the judge (judge.py). Printed: the Frechet distance in the judge's
-features, in units of the variance of the held-out drawings, and the share of samples given the asked class.
+nothing (rows that begin with "autoencoder" first train one of their own, which the seeds share); 600 samples at 1, 2, 4 and 6 steps
+are shown to the judge (judge.py). Printed: the Frechet distance in the judge's features, in units of the variance of the held-out
+drawings, and the share of samples given the asked class.
 """
 import argparse
 import dataclasses
@@ -54,6 +55,8 @@ def main():
     parser.add_argument("--only", nargs="+", choices=TRAINING, default=list(TRAINING), metavar="ROW")
     given = parser.parse_args()
     config, autoencoder, _ = sl.load_run(given.run)
+    if config.method != "sphere-latent":
+        sys.exit(f"{given.run} is of Sphere Encoder; the rows need a frozen autoencoder")
     config = dataclasses.replace(config, fresh_noise=sl.Config().fresh_noise, cfg_scale=sl.Config().cfg_scale)
     images, device = sl.load_images(config, "train"), torch.device("cpu")
     judge, right = train_judge(images, sl.load_images(config, "test"))

@@ -34,7 +34,7 @@ def distance(features, images, reference):
 
 def compare(runs, judge, held_out, samples=600, timed=50):
     """runs {name: (config, autoencoder, denoiser)} -> rows (dicts), {row name: first 12 images}."""
-    labels, real = torch.arange(samples) % len(held_out.classes), held_out.pixels / 255
+    labels, real, timed = torch.arange(samples) % len(held_out.classes), held_out.pixels / 255, min(timed, samples)
     jobs = {(name, steps): (denoiser, autoencoder, dataclasses.replace(config, steps=steps))
             for name, (config, autoencoder, denoiser) in runs.items() for steps in STEPS}
     seconds = {job: [] for job in jobs}
@@ -65,11 +65,16 @@ def main():
     parser.add_argument("--out", default="compare.png")
     given, runs = parser.parse_args(), {}
     for name in given.run:
-        config, *models = sl.load_run(name)
+        try:
+            config, *models = sl.load_run(name)
+        except (sl.UserError, OSError) as error:
+            sys.exit(f"{name}: {error}")
         scale = config.cfg_scale if given.cfg_scale is None else given.cfg_scale
         runs[name] = dataclasses.replace(config, cfg_scale=scale, seed=1234), *models
-        if config.dataset != "drawn":
-            sys.exit(f"{name} has learned {config.dataset}; the judge knows the drawn flowers only")
+    if given.samples < 12:
+        sys.exit(f"--samples {given.samples}: at least 12, one for each column of the figure")
+    if {(c.dataset, c.image_size) for c, *_ in runs.values()} != {("drawn", config.image_size)}:
+        sys.exit("these runs have not learned the same images, drawn flowers of one size")
     held_out = sl.load_images(config, "test")
     torch.manual_seed(0)
     judge, right = train_judge(sl.load_images(config, "train"), held_out)

@@ -88,6 +88,12 @@ def test_pca_start_is_the_best_linear_code():
     torch.testing.assert_close((autoencoder.decode_raw(z) - images).square().mean(), best, rtol=0.02, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(16, 64), (4, 8), (4, 5), (3, 1)])
+def test_noise_of_the_first_step_is_the_same_whatever_the_number_of_steps_and_images(shape):
+    one, six = sl.seeded_noise(3, shape, 0, draws=1), sl.seeded_noise(5, shape, 0, draws=6)
+    assert six.shape == (6, 5, *shape) and torch.equal(one[0], six[0, :3]) and not torch.equal(six[0], six[1])
+
+
 def test_an_image_does_not_depend_on_how_many_are_drawn_at_a_time(run, monkeypatch):
     config, autoencoder, _ = sl.load_run(run)
     monkeypatch.setattr(sl, "autocast", lambda device: contextlib.nullcontext())      # bf16 rounds by batch

@@ -89,7 +89,7 @@ def test_angles(name, generator):
     config = sl.Config(noise_distribution=name, max_angle=85.0, small_ratio=0.5)
     small, large = sl.sample_angles(4000, config, generator)
     assert (small >= 0).all() and (large <= math.radians(85) + 1e-6).all() and (small <= large).all()
-    ratio = (small.tan() / large.tan())[large > 0]
+    ratio = small.tan() / large.tan()
     assert ratio.max() <= 0.5 + 1e-3 and abs(ratio.mean() - 0.25) < 0.01
     level = {"logit-normal": torch.logit(large / math.radians(85)), "uniform": large / math.radians(85),
              "uniform-tangent": large.tan() / math.tan(math.radians(85))}[name]
@@ -97,10 +97,12 @@ def test_angles(name, generator):
     assert abs(level.mean() - mean) < 0.05 and abs(level.std() - std) < 0.05
 
 
-def test_uniform_tangents_are_spread_evenly_over_the_batch_ends_included():
+def test_uniform_tangents_are_stratified_one_in_each_part_of_the_range(generator):
     config = sl.Config(noise_distribution="uniform-tangent", max_angle=85.0)
-    tangents = sl.sample_angles(9, config)[1].tan()
-    torch.testing.assert_close(tangents, torch.linspace(0, math.tan(math.radians(85)), 9), rtol=1e-4, atol=1e-5)
+    share = sl.sample_angles(8, config, generator)[1].tan() / math.tan(math.radians(85))
+    assert torch.equal((8 * share).floor(), torch.arange(8.0))
+    alone = torch.stack([sl.sample_angles(1, config, generator)[1] for _ in range(50)])     # one image, all angles
+    assert alone.min() < math.radians(60) and alone.max() > math.radians(80) and alone.unique().numel() == 50
 
 
 def test_angles_are_finite_at_ninety_degrees(generator):

@@ -142,6 +142,17 @@ def test_the_target_can_be_put_on_the_sphere(run, tmp_path, monkeypatch):
     assert not torch.allclose(seen[0], seen[1])
 
 
+def test_side_by_side_refuses_what_it_cannot_compare(run, tmp_path, monkeypatch, capsys):
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["config"]["dataset"] = "folder"
+    torch.save(state, tmp_path / "checkpoint.pt")
+    for words, expected in (([tmp_path / "absent"], "absent"), ([run, tmp_path], "same images"), ([run, "--samples", "1"], "12")):
+        monkeypatch.setattr("sys.argv", ["compare.py", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            compare.main()
+        assert expected in str(stop.value)
+
+
 def test_side_by_side(run, predecessor):
     """The table of compare.py: what it counts and measures, on two tiny runs."""
     runs = {str(path): sl.load_run(path) for path in (run, predecessor)}
@@ -170,4 +181,5 @@ def test_a_changed_method_is_refused_in_one_line(predecessor, tmp_path, capsys):
     assert sl.main(["sample", "--checkpoint", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert dataclasses.replace(sl.Config(), method="sphere-encoder").method == "sphere-encoder"
-    assert sl.main(["train", "--method", "sphere"]) == 2 and "--method" in capsys.readouterr().err
+    for word in ("sphere", "folder", "drawn"):
+        assert sl.main(["train", "--method", word]) == 2 and "--method" in capsys.readouterr().err
