@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -44,15 +45,13 @@ import pathlib
 import signal
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 
@@ -74,6 +73,20 @@ def refuse(wrong, message):
         raise UserError(message)
 
 
+def outside():
+    """outside.py, the file beside this one: images and networks of others. Opened when needed."""
+    with explained("images and networks of others need outside.py beside sphere_latent.py"):
+        sys.modules.setdefault("sphere_latent", sys.modules[__name__])       # not a second time
+        sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+        return importlib.import_module("outside")
+
+
+def __getattr__(name):                                       # RAEDecoder, InceptionFID ...
+    if name.startswith("_"):
+        raise AttributeError(name)
+    return getattr(outside(), name)
+
+
 # --------------------------------------------------------------------------------------------------
 # 1. Configuration
 # --------------------------------------------------------------------------------------------------
@@ -89,12 +102,15 @@ def option(default, text, choices=(), least=0, most=1e12):
 class Config:
     method: str = option("sphere-latent", "which paper", ("sphere-latent", "sphere-encoder"))
     # data
-    dataset: str = option("drawn", "what to learn", ("drawn", "folder", "cifar10"))
-    data_dir: str = option("", "folder of the images; of cifar10 if not given: data")
+    dataset: str = option("drawn", "what to learn", ("drawn", "folder", "cifar10", "flowers",
+                                                     "animal-faces", "imagenet"))
+    data_dir: str = option("", "folder of the images; if not given: data")
     image_size: int = option(64, "side of the square images, pixels", least=1, most=4096)
     flips: bool = option(True, "also learn each image mirrored left to right")
     # the frozen autoencoder
-    autoencoder: str = option("tiny", "which autoencoder makes the latents", ("tiny",))
+    autoencoder: str = option("tiny", "which one makes the latents", ("tiny", "dinov2-b"))
+    weights_dir: str = option("", "folder of published weights that were placed by hand")
+    latents: str = option("", "file of latents to share; else the run's, if they exceed 1 GB")
     patch_size: int = option(16, "tiny: side of the square that becomes a token, pixels", least=1)
     latent_channels: int = option(64, "tiny: channels C of a token", least=1)
     autoencoder_width: int = option(256, "tiny: width of encoder and decoder", least=4, most=8192)
@@ -112,11 +128,13 @@ class Config:
     reconstruction_weight: float = option(1.0, "weight of the reconstruction loss")
     consistency_weight: float = option(1.0, "weight of the consistency loss")
     latent_consistency_weight: float = option(0.1, "weight of the latent consistency loss")
+    perceptual_weight: float = option(0.0, "sphere-encoder: weight of VGG's distances; 0 is off")
     label_dropout: float = option(0.1, "share of labels that become the null label", most=1)
     # optimisation
     train_steps: int = option(1700, "updates of the denoiser", least=1)
     batch_size: int = option(32, "images in an update", least=1, most=65536)
     learning_rate: float = option(3e-3, "AdamW (no weight decay: Adam): largest learning rate")
+    final_rate: float = option(0.0, "share of it that is left at the end", most=1)
     ema_decay: float = option(0.995, "decay of the average of the weights; 0 is off", most=1)
     save_every: int = option(500, "updates between checkpoints and sample pictures", least=1)
     # sampling and evaluation
@@ -127,6 +145,9 @@ class Config:
     tilt_schedule: str = option("decaying", "the angle over the steps", ("decaying", "fixed"))
     fresh_noise: bool = option(True, "new noise at each step (off: the same at all steps)")
     eval_samples: int = option(600, "samples behind a Fréchet distance", least=2, most=100_000)
+    features: str = option("untrained", "of that distance; FID: inception",
+                           ("untrained", "inception"))
+    reference: str = option("", "inception: .npz with mu and sigma in place of the images")
     # the run
     seed: int = option(0, "seed of everything random")
     device: str = option("auto", "auto (CUDA, then MPS, then CPU), or the name of a torch device")
@@ -144,7 +165,8 @@ class Config:
                     value in (rule["choices"] or [value]))
             need(good, field.name, rule["allowed"])
         size, p, width = self.image_size, self.patch_size, self.autoencoder_width
-        angle, kind = self.max_angle, self.noise_distribution
+        angle, kind, rae = self.max_angle, self.noise_distribution, self.autoencoder != "tiny"
+        need(size == 256 or not rae, "image_size", "256 for --autoencoder dinov2-b")
         need(size % p == 0 < size - p, "image_size", f"a larger multiple of --patch-size {p}")
         need(width % (64 if width > 64 else 4) == 0, "autoencoder_width", "4, 8 .. 64, 128, 192 ..")
         need(angle < 90 or kind != "uniform-tangent", "max_angle", "below 90 for uniform-tangent")
@@ -152,9 +174,15 @@ class Config:
 
 
 def preset(dataset, method="sphere-latent"):
-    """The Config that a data set and a method start from."""
+    """The Config of a data set and a method; where the paper is silent, RAE's stage-2 recipe."""
+    paper = dict(autoencoder="dinov2-b", image_size=256, model_size="B", batch_size=1024,
+                 learning_rate=2e-4, final_rate=0.1, ema_decay=0.9995, features="inception",
+                 eval_samples=50_000, train_steps=14_000)    # 1,000 epochs
     changes = {"folder": dict(train_steps=9000, autoencoder_steps=4000, cfg_scale=3.0),
                "cifar10": dict(image_size=32, patch_size=4, latent_channels=16, model_size="S"),
+               "flowers": paper | dict(train_steps=8000, eval_samples=51_000),
+               "animal-faces": paper,
+               "imagenet": paper | dict(train_steps=1_000_000, model_size="XL"),
                "sphere-encoder": dict(noise_distribution="uniform-tangent", max_angle=85.0,
                                       reconstruction_weight=25.0, consistency_weight=2.0, tilt=85.0,
                                       tilt_schedule="fixed", fresh_noise=False, learning_rate=5e-3)}
@@ -233,17 +261,17 @@ def draw_flowers(labels, size, generator):
 
 
 class Images(torch.utils.data.Dataset):
-    """Images in memory; [i] gives (image [3, H, W] float in [0, 1], label int)."""
+    """Images of one size; [i] gives (image [3, H, W] float in [0, 1], label int)."""
 
     def __init__(self, pixels, labels, classes):
-        # pixels [n, 3, H, W] uint8; labels [n]; classes: their names
+        # pixels [n, 3, H, W] uint8, or ImageFiles; labels [n]; classes: their names
         self.pixels, self.labels, self.classes = pixels, torch.as_tensor(labels), list(classes)
 
     def __len__(self):
-        return len(self.pixels)
+        return len(self.labels)
 
     def __getitem__(self, i):
-        return self.pixels[i] / 255, int(self.labels[i])
+        return self.pixels[[i]][0] / 255, int(self.labels[i])
 
 
 def drawn_images(split, size, seed=0):
@@ -254,65 +282,11 @@ def drawn_images(split, size, seed=0):
     return Images(torch.cat(pixels), labels, [species[0] for species in SPECIES])
 
 
-def open_image(path, size):
-    """Any image file -> uint8 [3, size, size]: upright, on white, scaled, the centre cropped."""
-    with Image.open(path) as image:
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS or image.mode[0] in "IF":
-            raise ValueError("a decompression bomb, or more than 8 bits a channel")
-        image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode no more than is needed
-        image = ImageOps.exif_transpose(image).convert("RGBA")
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def image_files(root):
-    """Every image file under a folder -> names relative to it; hidden ones are passed over."""
-    kinds = Image.registered_extensions()
-    names = (path.relative_to(root) for path in root.rglob("*"))
-    return sorted(name for name in names if kinds.get(name.suffix.lower()) in Image.OPEN
-                  and (root / name).is_file() and not any(part[0] == "." for part in name.parts))
-
-
-def read_images(paths, labels, classes, size):
-    """-> Images in memory. Unreadable files are named and left out: one, or 1 in 100."""
-    def read(path):
-        try:
-            return open_image(path, size)
-        except Exception as error:                           # image decoders raise anything at all
-            tqdm.write(f"skipped {path} ({type(error).__name__}: {error})", file=sys.stderr)
-    with ThreadPoolExecutor() as pool:
-        pixels = [*tqdm(pool.map(read, paths), "reading images", len(paths), unit="img")]
-    good = [i for i, image in enumerate(pixels) if image is not None]
-    refuse(len(good) < max(2, 0.99 * len(paths) - 1),
-           f"{len(good)} of {len(paths)} images can be read; see {paths[0].parent}")
-    return Images(torch.stack([pixels[i] for i in good]), [labels[i] for i in good], classes)
-
-
 def load_images(config, split):
-    """-> Images of one split, "train" or "test"; no image is in both. Raises UserError.
-
-    The class of an image in a folder is the first folder of its name; images in no folder are a
-    class as well. A tenth, chosen by name, is for testing.
-    """
-    in_test, root = {"train": False, "test": True}[split], pathlib.Path(config.data_dir or "data")
+    """-> Images of one split, "train" or "test"; no image is in both. Raises UserError."""
     if config.dataset == "drawn":
         return drawn_images(split, config.image_size)
-    if config.dataset == "cifar10":
-        from torchvision.datasets import CIFAR10
-        with explained(f"no CIFAR-10 in {root} and no download: put cifar-10-python.tar.gz there"):
-            data = CIFAR10(root, train=not in_test, download=True)
-        pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)
-        return Images(F.interpolate(pixels, config.image_size), data.targets, data.classes)
-    refuse(not root.is_dir(), f"--data-dir {root}: no such folder")
-    names = image_files(root)
-    refuse(len(names) < 4, f"--data-dir {root}: {len(names)} image files; at least 4 are needed")
-    owners = [os.fsencode((*n.parts[:-1], root.name)[0]).decode(errors="replace") for n in names]
-    classes, tenth = sorted(set(owners)), max(2, len(names) // 10)
-    order = sorted(range(len(names)), key=lambda i: zlib.crc32(os.fsencode(names[i])))
-    chosen = sorted(order[:tenth] if in_test else order[tenth:])
-    return read_images([root / names[i] for i in chosen],
-                       [classes.index(owners[i]) for i in chosen], classes, config.image_size)
+    return outside().found_images(config, split)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -499,8 +473,15 @@ class SphereEncoder(TinyRAE):
 
 
 def load_autoencoder(name, config=None, pretrained=True):
-    """-> TinyRAE of the sizes in config. Its weights come from a run, whatever pretrained says."""
-    return TinyRAE(dataclasses.replace(config or Config(), autoencoder=name))
+    """-> "tiny": TinyRAE of the sizes in config, whose weights come from a run. "dinov2-b": RAE.
+
+    RAE has the published weights, or, with pretrained=False, random ones, mean 0 and variance 1.
+    """
+    config = config or preset("flowers" if name == "dinov2-b" else "drawn")
+    config = dataclasses.replace(config, autoencoder=name)
+    if name == "tiny":
+        return TinyRAE(config)
+    return outside().RAE(config.weights_dir, pretrained)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -588,8 +569,9 @@ def latent_consistency_loss(v_hat_large, v):
     return 1 - (spherify(v_hat_large) * spherify(v.detach())).mean()
 
 
-def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large, config):
-    """The training loss of Sphere Latent Encoder and, but for its perceptual term, Sphere Encoder.
+def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large, config,
+                  perceptual=None):
+    """The training loss of Sphere Latent Encoder, and of Sphere Encoder, which adds a perceptual.
 
     Sphere Latent Encoder: decode = the denoiser, encode = f, target = the clean latent.
     Sphere Encoder:        decode = D, encode = f o E, target = the image.
@@ -602,6 +584,9 @@ def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large
     losses = {"reconstruction": reconstruction_loss(out_small, target),
               "consistency": consistency_loss(out_large, out_small),
               "latent_consistency": latent_consistency_loss(encode(out_large), v)}
+    if perceptual:
+        losses["perceptual"] = (perceptual(out_small, target) +
+                                perceptual(out_large, out_small.detach()))
     total = sum(getattr(config, name + "_weight") * loss for name, loss in losses.items())
     return {**losses, "total": total}
 
@@ -616,6 +601,8 @@ def resolve_device(name):
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with explained(f"--device {name} cannot be used"):
         torch.set_float32_matmul_precision("high")           # on a GPU: TF32 for what is not bf16
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.tensor(torch.zeros(1, device=name).tolist(), device=name).device
 
 
@@ -626,13 +613,33 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=pays.get(device.type, False))
 
 
-def seeded(seed, number):
+def seeded(seed, number, device="cpu"):
     """The generator of update, or of image, `number`: a resumed run needs no generator state."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)      # a prime: seeds stay apart
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + number)    # a prime: seeds apart
+
+
+def rank_and_world():
+    """-> the number of this process and how many there are: 0, 1 unless torchrun started them."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mine():
+    """The part of a batch that is this process's."""
+    rank, world = rank_and_world()
+    return slice(rank, None, world)
+
+
+def summed(x):
+    """The sum of a tensor over all processes, in its place. All of them wait here for the last."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
 def save_checkpoint(path, state):
     """Write beside `path`, then rename: a reader finds the old file or the new, never a half."""
+    if rank_and_world()[0]:
+        return
     temporary = path.with_name(path.name + ".part")
     with explained(f"cannot write {path}, the one before is kept: make room, then --resume"):
         with open(temporary, "wb") as file:
@@ -649,26 +656,29 @@ def read_checkpoint(path, device="cpu"):
 
 
 def write_table(path, rows):
-    path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    if rank_and_world()[0] == 0:
+        path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
 
 
 def learning_rate_at(step, steps, config):
     """Linear warm-up over 50 updates, constant, linear decay over the second half."""
-    return config.learning_rate * min((step + 1) / 50, 1, 2 - 2 * step / steps)
+    decay = 1 - (1 - config.final_rate) * max(0, 2 * step / steps - 1)
+    return config.learning_rate * min((step + 1) / 50, decay)
 
 
 def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average: None):
     """The one training loop, for the autoencoder and for the denoiser -> the averaged model (EMA).
 
-    losses_of(step) gives a dict of scalars with a "total". State and the entries of `keep` go to
-    the file `path`, mean losses to a .csv; if `path` is there already, training goes on from it.
+    losses_of(step) gives a dict of scalars with a "total", of this process's part of the batch.
+    State and the entries of `keep` go to the file `path`, mean losses to a .csv; if `path` is there
+    already, training goes on from it.
     """
     device, weights = next(model.parameters()).device, list(model.parameters())
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimiser = torch.optim.Adam(weights, betas=(0.9, 0.95), fused=device.type != "mps")
     parts = {"model": model, "ema": average, "optimiser": optimiser}
     first, log, recent, asked, began = 0, [], [], [], time.time()
-    table = path.with_name("log.csv" if keep else "autoencoder.csv")
+    table, (_, world) = path.with_name("log.csv" if keep else "autoencoder.csv"), rank_and_world()
     if path.exists():
         state = read_checkpoint(path, device)
         refuse(state.get("classes") != keep.get("classes"), f"{path} is of other classes than now")
@@ -683,7 +693,10 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
             optimiser.param_groups[0]["lr"] = learning_rate_at(step, steps, config)
             losses = losses_of(step)
             optimiser.zero_grad()
-            losses["total"].backward()
+            (losses["total"] / world).backward()
+            for weight in weights * (world > 1):
+                if weight.requires_grad:
+                    summed(weight.grad)
             norm = nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
             decay = min(config.ema_decay, (2 + step) / (11 + step))          # short memory at first
@@ -691,100 +704,138 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
                 torch._foreach_lerp_(list(average.parameters()), weights, 1 - decay)
             # 0 * norm: a gradient that is not finite shows, even under a loss that is
             recent.append(torch.stack([loss.detach() + 0 * norm for loss in losses.values()]))
-            save = (step + 1) % config.save_every == 0 or step + 1 == steps or bool(asked)
+            save = (step + 1) % config.save_every == 0 or step + 1 == steps or asked and world == 1
             if save or step % 10 == 9:
-                means = torch.stack(recent).mean(0).tolist()
-                recent.clear()
+                recent = [torch.stack(recent).mean(0) / world, norm.new_tensor([len(asked)])]
+                *means, stop = summed(torch.cat(recent)).tolist()            # asked: of any process
+                recent = []
                 refuse(not math.isfinite(sum(means)), f"the loss is not finite near update "
                        f"{step + 1}; the last good checkpoint is kept: lower --learning-rate")
                 log = log or [["step", *losses, "seconds"]]
                 log.append([step + 1, *means, time.time() - began])
                 bar.set_postfix_str(" ".join(f"{k} {x:.3f}" for k, x in zip(losses, means)))
-            if save:
+                days = (time.time() - began) * (steps / (step + 1) - 1) / 86400
+                if days > 1 and step - first < 10:
+                    print(f"{steps} updates: {days:.0f} days here; see --model-size, torchrun")
+            if save or step % 10 == 9 and stop:
                 state = {name: part.state_dict() for name, part in parts.items()} | keep
                 state |= {"step": step + 1, "log": log, "config": dataclasses.asdict(config)}
                 on_save(average)                             # first, or a kill could lose it
                 save_checkpoint(path, state)
                 write_table(table, log)
-            if save and asked:
-                raise KeyboardInterrupt(path.parent)
+                if stop:
+                    raise KeyboardInterrupt(path.parent)
     finally:
         signal.signal(signal.SIGINT, before)
     return average
 
 
+def image_reader(images, device):
+    """-> a function from numbers [B] to images [B, 3, H, W]; from len(images) on, mirrored ones."""
+    def read(chosen):
+        x, mirrored = images.pixels[chosen % len(images)].to(device) / 255, chosen >= len(images)
+        return torch.where(mirrored.view(-1, 1, 1, 1).to(device), x.flip(3), x)
+    return read
+
+
+def all_numbers(images, config):
+    """The numbers of all images, then of all mirrored ones, 256 at a time."""
+    turns = torch.arange((1 + config.flips) * len(images)).split(len(images))
+    return [chosen for turn in turns for chosen in turn.split(256)]
+
+
 def fit_autoencoder(config, images, folder, device):
     """Train TinyRAE on `images`, measure the mean and variance of its latents, freeze it."""
     torch.manual_seed(config.seed)
-    autoencoder = TinyRAE(config)
+    autoencoder, read = TinyRAE(config), image_reader(images, device)
     autoencoder.start_from_pca(images.pixels[torch.randperm(len(images))[:2000]] / 255)
     autoencoder.to(device)
 
     def losses_of(step):
         generator = seeded(config.seed, step)
         chosen = torch.randint(len(images), (config.batch_size,), generator=generator)
-        x = images.pixels[chosen].to(device) / 255                               # [B, 3, H, W]
-        mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5 * config.flips
-        x = torch.where(mirrored.to(device), x.flip(3), x)
+        mirrored = torch.rand(len(chosen), generator=generator) < 0.5 * config.flips
+        x = read((chosen + len(images) * mirrored)[mine()])                      # [B, 3, H, W]
         with autocast(device):
             z = autoencoder.encode_raw(x)                    # of size 1, noise about half of it
-            sigma = 0.5 * torch.randn(len(z), 1, 1, generator=generator).abs()
-            noise = sigma * torch.randn(z.shape, generator=generator)
-            y = autoencoder.decode_raw(z + noise.to(device))
+            sigma = 0.5 * torch.randn(len(chosen), 1, 1, generator=generator).abs()
+            noise = sigma * torch.randn(len(chosen), *z.shape[1:], generator=generator)
+            y = autoencoder.decode_raw(z + noise[mine()].to(device))
         edges = sum(F.l1_loss(y.diff(dim=axis), x.diff(dim=axis)) for axis in (2, 3))
         return {"pixels": F.l1_loss(y, x), "edges": edges, "total": F.l1_loss(y, x) + edges}
 
     autoencoder = optimise(autoencoder, losses_of, config.autoencoder_steps, config,
                            folder / "autoencoder.pt", {})
-    z, _ = encode_all(autoencoder, images, config, device)
+    with torch.no_grad(), autocast(device):
+        z = torch.cat([autoencoder.encode(read(x)) for x in all_numbers(images, config)[:400]])
     autoencoder.latent_mean[0], autoencoder.latent_var[0] = z.mean((0, 1)), z.var((0, 1))
     return autoencoder
 
 
-@torch.no_grad()
-def encode_all(autoencoder, images, config, device):
-    """Encode once what training reads often -> latents [n, N, C], labels [n]; flips double n.
+def latent_reader(autoencoder, images, config, folder, device):
+    """-> a function from numbers [B], as image_reader's, to latents [B, N, C].
 
-    Without an autoencoder the images stay images: bytes [n, 3, H, W].
+    They are encoded once, in memory if they fit into 1 GB, else in a file in half precision; where
+    the disk is too small for that, the autoencoder runs in every update.
     """
-    data = []
-    for flip in range(1 + config.flips):
-        for chosen in tqdm(torch.arange(len(images)).split(256), "encoding"):
-            x = images.pixels[chosen].flip(3) if flip else images.pixels[chosen]
-            with autocast(device):
-                data.append(autoencoder.encode(x.to(device) / 255).cpu() if autoencoder else x)
-    return torch.cat(data), images.labels.repeat(1 + config.flips)
+    read, numbers = image_reader(images, device), all_numbers(images, config)
+    shape = int(numbers[-1][-1]) + 1, *autoencoder.latent_shape
+
+    @torch.no_grad()
+    def encode(chosen):
+        with autocast(device):
+            return autoencoder.encode(read(chosen)).float()
+    if config.latents or 4 * math.prod(shape) > 1e9:
+        path = pathlib.Path(config.latents or folder / "latents.npy")
+        return outside().latents_on_disk(path, shape, encode, device)
+    data = torch.cat([encode(chosen) for chosen in tqdm(numbers, "encoding")])
+    return lambda chosen: data[chosen.to(device)]
 
 
-def fit_denoiser(config, data, labels, autoencoder, classes, folder, device):
+def fit_denoiser(config, images, autoencoder, folder, device):
     """Train with the three losses -> the averaged model, a Denoiser or a SphereEncoder.
 
-    data [n, ...]: cached latents [N, C] or, for a SphereEncoder, images [3, H, W] in bytes.
+    It learns from latents or, for a SphereEncoder, where autoencoder is None, from images.
     """
+    read = (latent_reader(autoencoder, images, config, folder, device) if autoencoder else
+            image_reader(images, device))
     torch.manual_seed(config.seed)
-    model = denoiser_for(config, getattr(autoencoder, "latent_shape", None), len(classes))
+    model = denoiser_for(config, getattr(autoencoder, "latent_shape", None), len(images.classes))
     if pixels := isinstance(model, SphereEncoder):
-        model.start_from_pca(data[torch.randperm(len(data))[:2000]] / 255)
+        some = torch.randperm((1 + config.flips) * len(images))[:2000]
+        model.start_from_pca(image_reader(images, "cpu")(some))
     network = torch.compile(model.to(device)) if config.compile else model.to(device)
-    project = spherify if config.spherify else lambda z: z
+    project, part = spherify if config.spherify else lambda z: z, mine()
+    labels, pool, ahead = images.labels.repeat(1 + config.flips), ThreadPoolExecutor(1), {}
+    look = (outside().perceptual_distance(config.weights_dir, device)
+            if pixels and config.perceptual_weight else None)
+
+    def batch(step):
+        generator = seeded(config.seed, step)
+        chosen = torch.randint(len(labels), (config.batch_size,), generator=generator)
+        dropped = torch.rand(len(chosen), generator=generator) < config.label_dropout
+        y = labels[chosen].masked_fill(dropped, model.num_classes)
+        return read(chosen[part]), y[part].to(device), generator             # [B, ...], [B]
 
     def losses_of(step):
-        generator = seeded(config.seed, step)
-        chosen = torch.randint(len(data), (config.batch_size,), generator=generator)
-        x, y = data[chosen].to(device), labels[chosen]                   # [B, ...], [B]
-        dropped = torch.rand(len(y), generator=generator) < config.label_dropout
-        y = y.masked_fill(dropped, model.num_classes).to(device)
+        x, y, generator = (ahead.pop(step, None) or pool.submit(batch, step)).result()
+        ahead[step + 1] = pool.submit(batch, step + 1)       # read while this one is computed
         with autocast(device):
-            target = x / 255 if pixels else spherify(x) if config.sphere_target else x
+            target = spherify(x) if config.sphere_target and not pixels else x
             encode = (lambda images: model.encode_raw(images, y)) if pixels else project
-            v = encode(target)                                           # [B, N, C]
-            e = torch.randn(v.shape, generator=generator).to(device)
-            angles = (alpha.to(device) for alpha in sample_angles(len(v), config, generator))
-            return sphere_losses(network, encode, v, target, y, e, *angles, config)
+            v = encode(target)                                               # [B, N, C]
+            if device.type != "cpu":                         # so much noise is quicker drawn there
+                generator = seeded(config.seed, step, device)
+            e = torch.randn(config.batch_size, *v.shape[1:], generator=generator, device=device)
+            angles = (alpha[part].to(device)
+                      for alpha in sample_angles(config.batch_size, config, generator))
+            return sphere_losses(network, encode, v, target, y, e[part], *angles, config, look)
 
     def draw(average):
-        sample_figure(average, autoencoder or average, classes, config, folder / "samples.png")
-    keep = {"autoencoder": autoencoder.state_dict() if autoencoder else {}, "classes": classes}
+        path = folder / "samples.png"
+        sample_figure(average, autoencoder or average, images.classes, config, path)
+    own = isinstance(autoencoder, TinyRAE)                   # the published one is not copied
+    keep = {"autoencoder": autoencoder.state_dict() if own else {}, "classes": images.classes}
     return optimise(model, losses_of, config.train_steps, config, folder / "checkpoint.pt",
                     keep, draw)
 
@@ -794,18 +845,21 @@ def train(config):
     device = resolve_device(config.device)
     with open_run(config) as (folder, config):
         images, held_out = load_images(config, "train"), load_images(config, "test")
-        if not config.resume:                                # an old run goes only now
+        if not config.resume and rank_and_world()[0] == 0:   # an old run goes only now
             for name in RUN_FILES:
                 (folder / name).unlink(missing_ok=True)
             (folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
+        summed(torch.zeros(1))
         autoencoder, classes = None, images.classes          # Sphere Encoder is its own
         if config.method == "sphere-latent":
             autoencoder = (load_run(folder, device)[1] if (folder / "checkpoint.pt").exists() else
-                           fit_autoencoder(config, images, folder, device))
+                           fit_autoencoder(config, images, folder, device)
+                           if config.autoencoder == "tiny" else
+                           load_autoencoder(config.autoencoder, config).to(device))
             reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
-        data, labels = encode_all(autoencoder, images, config, device)
-        denoiser = fit_denoiser(config, data, labels, autoencoder, classes, folder, device)
-        (folder / "autoencoder.pt").unlink(missing_ok=True)  # checkpoint.pt holds it too
+        denoiser = fit_denoiser(config, images, autoencoder, folder, device)
+        for name in ("autoencoder.pt", "latents.npy"):       # checkpoint.pt holds what is needed
+            (folder / name).unlink(missing_ok=True)
         loss_figure(folder)
         autoencoder = autoencoder or denoiser
         reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
@@ -814,7 +868,7 @@ def train(config):
 
 
 RUN_FILES = ("checkpoint.pt", "autoencoder.pt", "log.csv", "autoencoder.csv", "frechet.csv",
-             "loss.png", "samples.png", "reconstructions.png")
+             "loss.png", "samples.png", "reconstructions.png", "latents.npy", "reference.npz")
 
 
 @contextlib.contextmanager
@@ -823,7 +877,9 @@ def open_run(config):
 
     A run that is there already is neither lost nor taken for another.
     """
-    folder = pathlib.Path(config.resume or config.out or f"runs/{config.dataset}")
+    world, folder = rank_and_world()[1], config.resume or config.out or f"runs/{config.dataset}"
+    folder = pathlib.Path(folder)
+    refuse(config.batch_size % world, f"--batch-size must be a multiple of {world}, the processes")
     held = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if config.resume:
         refuse(not held or held[0].suffix != ".pt",
@@ -840,7 +896,9 @@ def open_run(config):
         with contextlib.suppress(ImportError):               # Windows has no fcntl
             import fcntl
             with explained(f"{folder} is in use by another run"):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if rank_and_world()[0] == 0:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        summed(torch.zeros(1))                               # none writes before all have looked
         yield folder, config
 
 
@@ -885,30 +943,37 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, angle=math.pi / 2, schedule
     return (z, path) if return_path else z
 
 
-def seeded_noise(count, latent_shape, seed, draws=1):
-    """Noise [draws, count, N, C]; that of image i depends on the seed and i alone."""
-    generators = [seeded(seed, i) for i in range(count)]
+def seeded_noise(numbers, latent_shape, seed, draws=1):
+    """Noise [draws, n, N, C] of the images with these n numbers; it depends on seed and number."""
+    generators = [seeded(seed, int(i)) for i in numbers]
     return torch.stack([torch.stack([torch.randn(latent_shape, generator=generator)
                                      for generator in generators]) for _ in range(draws)])
 
 
 @torch.no_grad()
-def sample_images(denoiser, autoencoder, labels, config, batch=100):
-    """Sample as config says and decode once: labels [n] -> images [n, 3, H, W].
+def sample_batches(denoiser, autoencoder, labels, config, batch=100):
+    """Sample as config says, decode once: labels [n] -> (numbers, images [B, 3, H, W]) in turns.
 
-    An image depends on its label, its place i and the seed, not on how many are drawn at a time.
+    An image depends on its label, its number and the seed, not on how many are drawn at a time. Of
+    several processes each draws its part.
     """
-    device, images = next(denoiser.parameters()).device, []
+    device, draws = next(denoiser.parameters()).device, config.steps if config.fresh_noise else 1
     share = {"encoder": 1.0, "decoder": 0.0, "both": 0.5}[config.cfg_position]
-    draws = config.steps if config.fresh_noise else 1
-    noise = seeded_noise(len(labels), autoencoder.latent_shape, config.seed, draws)
-    for y, e in zip(labels.split(batch), noise.split(batch, dim=1)):
+    for chosen in torch.arange(len(labels)).split(batch)[mine()]:
+        e = seeded_noise(chosen, autoencoder.latent_shape, config.seed, draws).to(device)
         with autocast(device):
-            z = sample(denoiser, y.to(device), config.steps, config.cfg_scale, noise=e.to(device),
+            z = sample(denoiser, labels[chosen].to(device), config.steps, config.cfg_scale, noise=e,
                        angle=math.radians(config.tilt), schedule=config.tilt_schedule,
                        sphere=config.spherify, share=share)
-            images.append((z.clamp(0, 1) if z.dim() == 4 else autoencoder.decode(z)).cpu())
-    return torch.cat(images)
+            yield chosen, (z.clamp(0, 1) if z.dim() == 4 else autoencoder.decode(z)).cpu()
+
+
+def sample_images(denoiser, autoencoder, labels, config, batch=100):
+    """Labels [n] -> all n images [n, 3, H, W], in every process."""
+    images = torch.zeros(len(labels), 3, config.image_size, config.image_size)
+    for chosen, x in sample_batches(denoiser, autoencoder, labels, config, batch):
+        images[chosen] = x
+    return summed(images)
 
 
 def at_each_step_count(denoiser, autoencoder, labels, config):
@@ -956,6 +1021,8 @@ def gaussian(images):
 
 def evaluate_run(config, autoencoder, denoiser, classes, real, path):
     """Print, and write to `path`, the Fréchet distance to `real` at 1, 2, 4 and 6 steps."""
+    if config.features == "inception":
+        return outside().evaluate_fid(config, autoencoder, denoiser, classes, path)
     labels = torch.arange(config.eval_samples) % len(classes)
     reference, found = gaussian(real.pixels / 255), {}
     unit = reference[1].trace().clamp(min=1e-9).item()       # images that are all the same have 0
@@ -973,6 +1040,8 @@ def evaluate_run(config, autoencoder, denoiser, classes, real, path):
 
 def picture(path, rows, row_names, column_names=None):
     """A sheet of images: rows is a list of [n, 3, H, W] in [0, 1], with one name each."""
+    if rank_and_world()[0]:
+        return
     from matplotlib.figure import Figure
     side, columns = rows[0].shape[-1], len(rows[0])
     sheet = rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c").numpy()
@@ -1039,7 +1108,7 @@ def load_run(path, device="cpu"):
             autoencoder, state["autoencoder"] = denoiser, state["ema"]
         denoiser.classes = state["classes"]
         for model, weights in ((autoencoder, state["autoencoder"]), (denoiser, state["ema"])):
-            model.load_state_dict(weights)
+            model.load_state_dict(weights or model.state_dict())             # RAE has its own
             model.to(device).eval().requires_grad_(False)
     return state["config"], autoencoder, denoiser
 
@@ -1122,8 +1191,9 @@ def build_parser():
     draw = add(sample_command, ["steps", *sampling])
     draw.add_argument("--classes", nargs="+", help="names or numbers of classes (default: all)")
     draw.add_argument("--count", type=int, help="images of each class (default: 8)")
-    measure = add(evaluate_command, ["eval_samples", "data_dir", *sampling])
-    for command in (draw, measure, add(reconstruct_command, ["data_dir", "device"])):
+    real = "eval_samples data_dir weights_dir features reference device".split()
+    measure = add(evaluate_command, [*real[:-1], *sampling])
+    for command in (draw, measure, add(reconstruct_command, real)):
         command.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
         command.add_argument("--out", help="file to write (default: one in the run folder)")
     return parser
@@ -1131,7 +1201,12 @@ def build_parser():
 
 def main(argv=None):
     """Run one command -> exit code: 0, 2 for what a person can put right, 130 for Ctrl-C."""
+    errors = sys.stderr
     try:
+        if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():     # torchrun
+            dist.init_process_group()
+            if dist.get_rank():                              # one of them talks, and writes
+                sys.stdout = sys.stderr = open(os.devnull, "w")
         given = vars(build_parser().parse_args(argv))
         return given.pop("function")(given) or 0
     except SystemExit as leave:                              # --help
@@ -1144,7 +1219,7 @@ def main(argv=None):
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         text, code = "out of memory: lower --batch-size, --image-size, --model-size or --count", 2
-    print("sphere_latent.py:", " ".join(str(text).split()), file=sys.stderr)
+    print("sphere_latent.py:", " ".join(str(text).split()), file=errors)
     return code
 
 

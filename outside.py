@@ -1,0 +1,484 @@
+"""What comes from outside: images and networks of others, beside sphere_latent.py.
+
+  found_images   images in folders, CIFAR-10, Oxford-Flowers, Animal-Faces, ImageNet
+  RAE            the paper's frozen autoencoder: DINOv2-B with registers in, a ViT-XL decoder out
+                 (arXiv 2510.11690)
+  InceptionFID   the features in which a Fréchet distance is an FID
+  VGGDistance    the perceptual loss of Sphere Encoder
+  latents_on_disk   latents too many for memory, encoded once, on disk
+
+Nothing of the method is here. sphere_latent.py opens this file when a command first needs it.
+Weights come from where they were published, through the usual caches, or from a folder in which
+they were placed by hand. Each network can be built without them.
+
+Contents: 1 Images, 2 Weights that others published, 3 RAE, 4 Networks that look at images,
+5 FID, 6 Latents on disk.
+
+    B batch   N tokens   C channels of a token   D width   H heads   K = D / H
+"""
+import dataclasses
+import hashlib
+import math
+import os
+import pathlib
+import shutil
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from sphere_latent import (Images, autocast, explained, frechet_distance, load_images, mine,
+                           rank_and_world, refuse, sample_batches, summed, write_table)
+
+IMAGENET = torch.tensor([[.485, .456, .406], [.229, .224, .225]]).view(2, 3, 1, 1)   # mean, std
+
+# --------------------------------------------------------------------------------------------------
+# 1. Images
+# --------------------------------------------------------------------------------------------------
+
+class ImageFiles:
+    """In the place of pixels that are too many for memory: [numbers] reads those files."""
+
+    def __init__(self, paths, size):
+        self.paths, self.size, self.pool = paths, size, ThreadPoolExecutor()
+
+    def __getitem__(self, chosen):
+        return torch.stack([*self.pool.map(lambda i: open_image(self.paths[i], self.size), chosen)])
+
+
+def open_image(path, size):
+    """Any image file -> uint8 [3, size, size]: upright, on white, scaled, the centre cropped."""
+    with Image.open(path) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS or image.mode[0] in "IF":
+            raise ValueError("a decompression bomb, or more than 8 bits a channel")
+        image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode no more than is needed
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def image_files(root):
+    """Every image file under a folder -> names relative to it; hidden ones are passed over."""
+    kinds = Image.registered_extensions()
+    names = (path.relative_to(root) for path in root.rglob("*"))
+    return sorted(name for name in names if kinds.get(name.suffix.lower()) in Image.OPEN
+                  and (root / name).is_file() and not any(part[0] == "." for part in name.parts))
+
+
+def read_images(paths, labels, classes, size):
+    """-> Images. Unreadable files are named and left out: one, or 1 in 100.
+
+    More than 8 GB are not read now, but when they are asked for.
+    """
+    if 3 * size ** 2 * len(paths) > 8e9:
+        return Images(ImageFiles(paths, size), labels, classes)
+
+    def read(path):
+        try:
+            return open_image(path, size)
+        except Exception as error:                           # image decoders raise anything at all
+            tqdm.write(f"skipped {path} ({type(error).__name__}: {error})", file=sys.stderr)
+    with ThreadPoolExecutor() as pool:
+        pixels = [*tqdm(pool.map(read, paths), "reading images", len(paths), unit="img")]
+    good = [i for i, image in enumerate(pixels) if image is not None]
+    refuse(len(good) < max(2, 0.99 * len(paths) - 1),
+           f"{len(good)} of {len(paths)} images can be read; see {paths[0].parent}")
+    return Images(torch.stack([pixels[i] for i in good]), [labels[i] for i in good], classes)
+
+
+SOURCES = {"cifar10": "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html",
+           "flowers": "102flowers.tgz, unpacked, imagelabels.mat and setid.mat, as flowers-102, of "
+                      "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
+           "animal-faces": "AFHQ of https://github.com/clovaai/stargan-v2, with train and val",
+           "imagenet": "ImageNet-1K of https://image-net.org, with train and val, a folder a class"}
+
+
+def found_images(config, split):
+    """-> Images of one split, "train" or "test"; no image is in both. Raises UserError.
+
+    The class of an image in a folder is the first folder of its name; images in no folder are a
+    class as well. A tenth, chosen by name, is for testing; animal-faces and imagenet have folders
+    train and val. flowers is the exception: as in the papers, all 8,189 are learned and tested on.
+    """
+    in_test, root = {"train": False, "test": True}[split], pathlib.Path(config.data_dir or "data")
+    needs = (f"put {SOURCES.get(config.dataset)}, into {root}, or name its place with --data-dir; "
+             f"train without flags needs none of it")
+    if config.dataset == "cifar10":
+        from torchvision.datasets import CIFAR10
+        with explained(f"no CIFAR-10 in {root} and no download: {needs}"):
+            data = CIFAR10(root, train=not in_test, download=True)
+        pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+        return Images(F.interpolate(pixels, config.image_size), data.targets, data.classes)
+    if config.dataset == "flowers":
+        with explained(f"no Oxford-Flowers in {root} and no download: {needs}"):
+            files = flower_files(root)
+        return read_images(*files, config.image_size)
+    if config.dataset != "folder":
+        root = root / ("val" if in_test else "train")
+        refuse(not root.is_dir(), f"no folder {root}: {needs}")
+    refuse(not root.is_dir(), f"--data-dir {root}: no such folder")
+    names = image_files(root)
+    refuse(len(names) < 4, f"--data-dir {root}: {len(names)} image files; at least 4 are needed")
+    owners = [os.fsencode((*n.parts[:-1], root.name)[0]).decode(errors="replace") for n in names]
+    classes, tenth = sorted(set(owners)), max(2, len(names) // 10)
+    numbers = {name: number for number, name in enumerate(classes)}
+    chosen = sorted(range(len(names)), key=lambda i: zlib.crc32(os.fsencode(names[i])))
+    if config.dataset == "folder":
+        chosen = sorted(chosen[:tenth] if in_test else chosen[tenth:])
+    return read_images([root / names[i] for i in chosen],
+                       [numbers[owners[i]] for i in chosen], classes, config.image_size)
+
+
+def flower_files(root):
+    """Oxford-Flowers 102, all three splits -> 8,189 paths, their labels, the 102 names."""
+    from torchvision.datasets import Flowers102
+    parts = [Flowers102(root, split, download=True) for split in ("train", "val", "test")]
+    return (sum((part._image_files for part in parts), []),
+            sum((part._labels for part in parts), []), Flowers102.classes)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Weights that others published
+# --------------------------------------------------------------------------------------------------
+
+HUB = "https://huggingface.co/"
+ENCODER = HUB + "timm/vit_base_patch14_reg4_dinov2.lvd142m", "model.safetensors"
+DECODER = HUB + "nyu-visionx/RAE-collections", "decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
+STATISTICS = HUB + "nyu-visionx/RAE-collections", "stats/dinov2/wReg_base/imagenet1k/stat.pt"
+INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights",
+             "pt_inception-2015-12-05-6726825d.pth")
+VGG = "https://download.pytorch.org/models", "vgg16-397923af.pth"
+
+
+def published(source, folder="", instead=""):
+    """-> path of a published file: placed in `folder` by hand, or in a cache, or fetched now.
+
+    source: (site, name). A name that ends in .pth has the first eight digits of the file's SHA-256
+    in it, which is checked. Raises OSError: what was looked for, why it failed, what to do.
+    """
+    site, name = source
+    path = pathlib.Path(folder, pathlib.PurePath(name).name)
+    digest = name[-12:-4] if name.endswith(".pth") else ""
+    try:
+        if not (folder and path.is_file()):
+            if not digest:
+                from huggingface_hub import hf_hub_download, logging
+                logging.set_verbosity_error()                # a line for each retry is too many
+                return pathlib.Path(hf_hub_download(site.removeprefix(HUB), name))
+            path = pathlib.Path(torch.hub.get_dir(), "checkpoints", name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_file():
+                torch.hub.download_url_to_file(f"{site}/{name}", str(path), hash_prefix=digest)
+        with open(path, "rb") as file:
+            if not hashlib.sha256(file.read()).hexdigest().startswith(digest):
+                raise ValueError(f"{path} is damaged: its SHA-256 does not begin with {digest}")
+        return path
+    except Exception as error:
+        raise OSError(f"no {name} of {site} ({type(error).__name__}: {str(error)[:200]}): put it "
+                      f"as {path.name} in a folder and add --weights-dir FOLDER{instead}") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. RAE
+# --------------------------------------------------------------------------------------------------
+
+class RAE(nn.Module):
+    """Images [B, 3, 256, 256] in [0, 1] to latents [B, 256, 768] and back; frozen.
+
+    The image goes in at 224 pixels, 14 a token, and comes out at 256, 16 a token. weights_dir:
+    where model.safetensors (encoder), model.pt (decoder) and stat.pt were placed, if by hand.
+    pretrained=False: random weights, latents with mean 0 and variance 1 by declaration.
+    """
+
+    latent_shape = 256, 768                                                  # N, C
+
+    def __init__(self, weights_dir="", pretrained=True):
+        super().__init__()
+        import timm
+        files, moments = [None] * 3, {"mean": torch.zeros(768, 1), "var": torch.ones(768, 1)}
+        options = {"map_location": "cpu", "weights_only": True}
+        if pretrained:
+            instead = ", or run without it: --autoencoder tiny --image-size 64"
+            files = [published(source, weights_dir, instead)
+                     for source in (ENCODER, DECODER, STATISTICS)]
+        self.encoder = timm.create_model(
+            "vit_base_patch14_reg4_dinov2.lvd142m", pretrained, num_classes=0, img_size=224,
+            pretrained_cfg_overlay={"file": files[0] and str(files[0])})
+        self.encoder.norm = nn.LayerNorm(768, eps=1e-6, elementwise_affine=False)
+        self.decoder = RAEDecoder()
+        if pretrained:
+            self.decoder.load_state_dict(torch.load(files[1], **options))
+            moments = torch.load(files[2], **options)
+        for name, moment in moments.items():                 # [C, side, side] or [C, 1]
+            self.register_buffer("latent_" + name, moment.flatten(1).T.float())
+        self.eval().requires_grad_(False)
+
+    def encode(self, images):
+        """Images [B, 3, 256, 256] in [0, 1] -> latents [B, 256, 768], mean 0, variance 1."""
+        mean, std = IMAGENET.to(images)
+        x = (F.interpolate(images, (224, 224), mode="bicubic") - mean) / std
+        z = self.encoder.forward_features(x)[:, 5:].float()  # without the class and four registers
+        return (z - self.latent_mean) / (self.latent_var + 1e-5).sqrt()
+
+    def decode(self, z):
+        """Latents [B, 256, 768] -> images [B, 3, 256, 256] in [0, 1]."""
+        return self.decoder(z * (self.latent_var + 1e-5).sqrt() + self.latent_mean).clamp(0, 1)
+
+
+class RAEDecoderLayer(nn.Module):
+    """A pre-norm block [B, N, D] -> [B, N, D] whose weights have the names of RAE's file."""
+
+    def __init__(self, width, heads, mlp_width):
+        super().__init__()
+        def dense(a, b):
+            return nn.ModuleDict({"dense": nn.Linear(a, b)})
+        self.heads = heads
+        self.attention = nn.ModuleDict({
+            "attention": nn.ModuleDict({name: nn.Linear(width, width)
+                                        for name in ("query", "key", "value")}),
+            "output": dense(width, width)})
+        self.intermediate, self.output = dense(width, mlp_width), dense(mlp_width, width)
+        self.layernorm_before, self.layernorm_after = (nn.LayerNorm(width, 1e-12) for _ in range(2))
+
+    def forward(self, x):
+        h = self.layernorm_before(x)
+        q, k, v = (rearrange(project(h), "b n (h k) -> b h n k", h=self.heads)
+                   for project in self.attention["attention"].values())      # [B, H, N, K] each
+        y = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n k -> b n (h k)")
+        x = x + self.attention["output"]["dense"](y)
+        h = F.gelu(self.intermediate["dense"](self.layernorm_after(x)))
+        return x + self.output["dense"](h)                                   # [B, N, D]
+
+
+class RAEDecoder(nn.Module):
+    """De-normalised tokens [B, N, C] -> images [B, 3, H, W] (not clamped): a ViT of MAE's kind.
+
+    load_state_dict takes the published file as it is; a missing or unexpected key is an error.
+    """
+
+    def __init__(self, latent_channels=768, tokens=256, width=1152, depth=28, heads=16,
+                 mlp_width=4096, patch_size=16):
+        super().__init__()
+        self.patch_size = patch_size
+        self.decoder_embed = nn.Linear(latent_channels, width)
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(               # sines and cosines, from the file
+            0.02 * torch.randn(1, 1 + tokens, width), requires_grad=False)
+        self.decoder_layers = nn.ModuleList(
+            RAEDecoderLayer(width, heads, mlp_width) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(width, 1e-12)
+        self.decoder_pred = nn.Linear(width, 3 * patch_size ** 2)
+
+    def forward(self, z):
+        x = torch.cat([self.trainable_cls_token.expand(len(z), 1, -1), self.decoder_embed(z)], 1)
+        x = x + self.decoder_pos_embed                                       # [B, 1 + N, D]
+        for layer in self.decoder_layers:
+            x = layer(x)
+        x, p = self.decoder_pred(self.decoder_norm(x))[:, 1:].float(), self.patch_size
+        x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=math.isqrt(z.shape[1]), p=p, q=p)
+        mean, std = IMAGENET.to(x)
+        return x * std + mean                                                # [B, 3, H, W]
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Networks that look at images: Inception for FID, VGG for the perceptual loss
+# --------------------------------------------------------------------------------------------------
+
+class InceptionFID(nn.Module):
+    """Images [B, 3, H, W] in [0, 1] -> pool features [B, 2048], logits [B, 1008].
+
+    The network of the original FID, from torchvision's Inception v3 with the weights and the three
+    peculiarities of the TensorFlow graph: its average pools do not count the padding, its last
+    block takes the maximum, and it has 1008 classes. weights: a path; None: the published file.
+    """
+
+    def __init__(self, weights=None):
+        super().__init__()
+        from torchvision.models import inception_v3
+        self.network = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
+        state = torch.load(weights or published(INCEPTION), map_location="cpu", weights_only=True)
+        self.network.load_state_dict(state)
+        self.fc, self.network.fc = self.network.fc, nn.Identity()
+        for name, block in self.network.named_children():
+            if hasattr(block, "branch_pool"):
+                self.pool_otherwise(block, maximum=name == "Mixed_7c")
+        self.eval().requires_grad_(False)
+
+    @staticmethod
+    def pool_otherwise(block, maximum):
+        """What torchvision pooled for the branch is put aside: the block's input is pooled anew."""
+        seen = []
+
+        def pool(*_):
+            x = seen.pop()
+            return (F.max_pool2d(x, 3, 1, 1) if maximum else
+                    F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        block.branch_pool.register_forward_pre_hook(pool)
+
+    def forward(self, images):
+        x = F.interpolate(images.float(), (299, 299), mode="bilinear", align_corners=False)
+        features = self.network(2 * x - 1)                                   # [B, 2048]
+        return features, self.fc(features)
+
+
+class VGGDistance(nn.Module):
+    """Perceptual distance of images [B, 3, H, W] in [0, 1]: in features of five depths of VGG16.
+
+    They are normalised over channels, as LPIPS does, without its learned weights.
+    """
+
+    def __init__(self, weights=None):
+        super().__init__()
+        from torchvision.models import vgg16
+        network = vgg16()
+        if weights:
+            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        self.layers = network.features.eval().requires_grad_(False)
+
+    def forward(self, a, b):
+        mean, std = IMAGENET.to(a)
+        x, total = (torch.cat([a, b]) - mean) / std, 0
+        for layer in self.layers:
+            if isinstance(layer, nn.MaxPool2d):
+                a, b = F.normalize(x.float(), dim=1).chunk(2)
+                total = total + (a - b).square().sum(1).mean()
+            if x.shape[-1] == 1:                             # small images end before the network
+                break
+            x = layer(x)
+        return total
+
+
+def perceptual_distance(weights_dir, device):
+    """-> VGGDistance with the published weights; None, and a word on it, if there are none."""
+    try:
+        return VGGDistance(published(VGG, weights_dir)).to(device)
+    except OSError as error:
+        print(f"Sphere Encoder learns without its perceptual loss: {error}")
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. FID
+# --------------------------------------------------------------------------------------------------
+
+def statistics(inception, batches, device):
+    """Batches of images [B, 3, H, W] -> (mean, covariance) of their features, Inception Score.
+
+    Of several processes each sees its own batches. Pixels are rounded to 8 bits, as in files. The
+    score is over all images at once, from logits without the bias, as in the original.
+    """
+    total = torch.zeros(2048 + 2048 ** 2 + 1008 + 2, dtype=torch.double)
+    for x in batches:
+        with torch.no_grad():
+            f, logits = (y.cpu().double() for y in inception((255 * x.to(device)).round() / 255))
+        p = (logits - inception.fc.bias.cpu()).softmax(1)
+        entropy = torch.special.entr(p).sum()
+        parts = f.sum(0), f.T @ f, p.sum(0), entropy, torch.tensor(len(x))
+        total += torch.cat([part.flatten() for part in parts])
+    first, second, p, entropy, n = summed(total).split([2048, 2048 ** 2, 1008, 1, 1])
+    covariance = (second.view(2048, 2048) - first[:, None] * first / n) / (n - 1)
+    return (first / n, covariance), float((torch.special.entr(p / n).sum() - entropy / n).exp())
+
+
+def inception_and_reference(config, folder, device):
+    """-> InceptionFID, (mean, covariance) of the real images, in words what these are.
+
+    From the .npz config.reference with mu and sigma, or of the training images: computed once, kept
+    in reference.npz of the run folder.
+    """
+    inception = InceptionFID(published(INCEPTION, config.weights_dir)).to(device)
+    path = pathlib.Path(config.reference or folder / "reference.npz")
+    if not (config.reference or path.exists()):
+        images = load_images(config, "train")
+        turns = tqdm(torch.arange(len(images)).split(100)[mine()], "real features")
+        batches = (images.pixels[chosen] / 255 for chosen in turns)
+        (mean, covariance), _ = statistics(inception, batches, device)
+        if rank_and_world()[0] == 0:
+            np.savez(path, mu=mean, sigma=covariance, n=len(images))
+        summed(torch.zeros(1))
+    with explained(f"{path} has no mu and sigma of Inception features"):
+        file = np.load(path)
+        reference = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
+        refuse(reference[1].shape != (2048, 2048), "wrong shape")
+    images = f"{int(file['n'])} training images" if "n" in file else "an unknown number"
+    return inception, reference, f"{path} ({images} of {config.dataset})"
+
+
+def evaluate_fid(config, autoencoder, denoiser, classes, path):
+    """Print, and write to `path`, FID and Inception Score at 1, 2, 4 and 6 steps."""
+    device = next(denoiser.parameters()).device
+    inception, reference, words = inception_and_reference(config, path.parent, device)
+    labels, rows = torch.arange(config.eval_samples) % len(classes), []
+    print(f"against {words}, CFG {config.cfg_scale:g}:" + few(labels))
+    for steps in (1, 2, 4, 6):
+        each = dataclasses.replace(config, steps=steps)
+        batches = (x for _, x in sample_batches(denoiser, autoencoder, labels, each))
+        moments, score = statistics(inception, batches, device)
+        rows.append((steps, frechet_distance(*moments, *reference), score))
+        print(f"  steps: {steps}   Fréchet distance FID-{len(labels)} {rows[-1][1]:.4f}   "
+              f"Inception Score {score:.2f}")
+    write_table(path, [["steps", f"fid_{len(labels)}", "inception_score"], *rows])
+
+
+def reconstruction_fid(config, autoencoder, images, folder):
+    """Print the rFID: that of the held-out images after encoding and decoding."""
+    device = autoencoder.latent_mean.device
+    inception, reference, words = inception_and_reference(config, folder, device)
+    chosen = torch.arange(min(len(images), config.eval_samples))
+
+    def rebuilt():
+        for i in tqdm(chosen.split(100)[mine()], "rebuilding"):
+            with torch.no_grad(), autocast(device):
+                yield autoencoder.decode(autoencoder.encode(images.pixels[i].to(device) / 255))
+    moments, _ = statistics(inception, rebuilt(), device)
+    print(f"Fréchet distance rFID-{len(chosen)} {frechet_distance(*moments, *reference):.4f} "
+          f"against {words}" + few(chosen))
+
+
+def few(samples):
+    """A warning for FIDs of few samples."""
+    return "" if len(samples) >= 2048 else (
+        f"\nWarning: {len(samples)} samples are fewer than 2048: the FID is far too high. Raise "
+        f"--eval-samples")
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Latents on disk
+# --------------------------------------------------------------------------------------------------
+
+def latents_on_disk(path, shape, encode, device):
+    """-> a function from numbers [B] to latents [B, N, C]: those of encode, kept in a file.
+
+    Half precision, written once, shape [n, N, C]. A file that is half written is completed; one of
+    other images or of another autoencoder (its shape or its first latent differ) is refused. Where
+    the disk has no room, encode itself is returned: it runs in every update.
+    """
+    size, free = 2 * math.prod(shape), shutil.disk_usage(path.parent).free
+    if not path.exists() and size > 0.9 * free:
+        print(f"no room for {path}: {size / 1e9:.1f} GB of latents, {free / 1e9:.1f} GB free. The "
+              f"autoencoder will run in every update, which is slower")
+        return encode
+    if not path.exists() and rank_and_world()[0] == 0:
+        print(f"{path} will take {size / 1e9:.1f} GB")
+        np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    summed(torch.zeros(1))
+    with explained(f"{path} is no file of latents: delete it, or name another with --latents"):
+        data = np.load(path, mmap_mode="r+")
+    first = encode(torch.tensor([0]))[0].cpu().numpy()
+    other = data.shape != shape or data[0].any() and np.abs(data[0] - first).mean() > 0.1
+    refuse(other, f"{path} holds latents of other images or of another autoencoder: delete it, or "
+                  f"name another with --latents")
+    for chosen in tqdm(torch.arange(len(data)).split(256)[mine()], "encoding"):
+        if not data[chosen[-1]].any():                       # not there yet
+            data[chosen] = encode(chosen).half().cpu()
+    data.flush()
+    summed(torch.zeros(1))
+    return lambda chosen: torch.from_numpy(data[chosen.numpy()]).to(device).float()
