@@ -37,7 +37,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -53,6 +52,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
+
+
+# torchrun starts several processes and numbers them. Each has its part of every batch; what stands
+# behind "RANK or" is done by the process 0 alone.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+PART = slice(RANK, None, WORLD)
 
 
 class UserError(Exception):
@@ -73,18 +78,18 @@ def refuse(wrong, message):
         raise UserError(message)
 
 
-def outside():
-    """outside.py, the file beside this one: images and networks of others. Opened when needed."""
-    with explained("images and networks of others need outside.py beside sphere_latent.py"):
+def extras():
+    """The file beside this one, with what the default run does not need; opened when it is."""
+    with explained("this needs the file extras.py beside sphere_latent.py"):
         sys.modules.setdefault("sphere_latent", sys.modules[__name__])       # not a second time
         sys.path.append(os.path.dirname(os.path.abspath(__file__)))
-        return importlib.import_module("outside")
+        return __import__("extras")
 
 
-def __getattr__(name):                                       # RAEDecoder, InceptionFID ...
+def __getattr__(name):                                       # RAEDecoder, InceptionFID, slerp ...
     if name.startswith("_"):
         raise AttributeError(name)
-    return getattr(outside(), name)
+    return getattr(extras(), name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -94,6 +99,7 @@ def __getattr__(name):                                       # RAEDecoder, Incep
 def option(default, text, choices=(), least=0, most=1e12):
     """A field of Config: its default, its line in --help, and the values it may take."""
     allowed = " or ".join(choices) or f"from {least} to {most:g}"
+    text = f"{text} {' | '.join(choices)} (default: {default})"
     rule = {"help": text, "choices": choices, "least": least, "most": most, "allowed": allowed}
     return dataclasses.field(default=default, metadata=rule)
 
@@ -134,7 +140,6 @@ class Config:
     train_steps: int = option(1700, "updates of the denoiser", least=1)
     batch_size: int = option(32, "images in an update", least=1, most=65536)
     learning_rate: float = option(3e-3, "AdamW (no weight decay: Adam): largest learning rate")
-    final_rate: float = option(0.0, "share of it that is left at the end", most=1)
     ema_decay: float = option(0.995, "decay of the average of the weights; 0 is off", most=1)
     save_every: int = option(500, "updates between checkpoints and sample pictures", least=1)
     # sampling and evaluation
@@ -145,8 +150,7 @@ class Config:
     tilt_schedule: str = option("decaying", "the angle over the steps", ("decaying", "fixed"))
     fresh_noise: bool = option(True, "new noise at each step (off: the same at all steps)")
     eval_samples: int = option(600, "samples behind a Fréchet distance", least=2, most=100_000)
-    features: str = option("untrained", "of that distance; FID: inception",
-                           ("untrained", "inception"))
+    features: str = option("untrained", "inception is FID", ("untrained", "inception"))
     reference: str = option("", "inception: .npz with mu and sigma in place of the images")
     # the run
     seed: int = option(0, "seed of everything random")
@@ -159,6 +163,8 @@ class Config:
     def __post_init__(self):
         def need(good, name, allowed):
             refuse(not good, f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
+        for name in ("data_dir", "weights_dir", "latents", "reference"):     # from anywhere
+            setattr(self, name, getattr(self, name) and os.path.abspath(getattr(self, name)))
         for field in dataclasses.fields(self):               # nan is in no range
             value, rule = getattr(self, field.name), field.metadata
             good = (rule["least"] <= value <= rule["most"] if field.type in (int, float) else
@@ -167,6 +173,7 @@ class Config:
         size, p, width = self.image_size, self.patch_size, self.autoencoder_width
         angle, kind, rae = self.max_angle, self.noise_distribution, self.autoencoder != "tiny"
         need(size == 256 or not rae, "image_size", "256 for --autoencoder dinov2-b")
+        need(self.batch_size % WORLD == 0, "batch_size", f"a multiple of {WORLD}, the processes")
         need(size % p == 0 < size - p, "image_size", f"a larger multiple of --patch-size {p}")
         need(width % (64 if width > 64 else 4) == 0, "autoencoder_width", "4, 8 .. 64, 128, 192 ..")
         need(angle < 90 or kind != "uniform-tangent", "max_angle", "below 90 for uniform-tangent")
@@ -174,18 +181,13 @@ class Config:
 
 
 def preset(dataset, method="sphere-latent"):
-    """The Config of a data set and a method; where the paper is silent, RAE's stage-2 recipe."""
-    paper = dict(autoencoder="dinov2-b", image_size=256, model_size="B", batch_size=1024,
-                 learning_rate=2e-4, final_rate=0.1, ema_decay=0.9995, features="inception",
-                 eval_samples=50_000, train_steps=14_000)    # 1,000 epochs
+    """The Config that a data set and a method start from; those of the paper are in extras.py."""
     changes = {"folder": dict(train_steps=9000, autoencoder_steps=4000, cfg_scale=3.0),
                "cifar10": dict(image_size=32, patch_size=4, latent_channels=16, model_size="S"),
-               "flowers": paper | dict(train_steps=8000, eval_samples=51_000),
-               "animal-faces": paper,
-               "imagenet": paper | dict(train_steps=1_000_000, model_size="XL"),
                "sphere-encoder": dict(noise_distribution="uniform-tangent", max_angle=85.0,
                                       reconstruction_weight=25.0, consistency_weight=2.0, tilt=85.0,
                                       tilt_schedule="fixed", fresh_noise=False, learning_rate=5e-3)}
+    changes |= {} if dataset in ("drawn", *changes) else extras().PAPER_PRESETS
     return Config(method, dataset, **changes.get(dataset, {}) | changes.get(method, {}))
 
 
@@ -206,8 +208,7 @@ SPECIES = (
     ("lily",           6, 1.0, .78, 1, .12, (.98, .62, .22), (.99, .82, .40), (.45, .20, .08)),
     ("poppy",          4, 5.0, .30, 1, .20, (.90, .12, .10), (.62, .05, .08), (.10, .08, .10)),
     ("sunflower",     12, 1.1, .55, 2, .42, (.99, .80, .10), (.95, .60, .05), (.32, .18, .07)),
-    ("wild rose",      5, 2.6, .40, 1, .17, (.95, .40, .52), (.99, .86, .84), (.97, .85, .35)),
-)
+    ("wild rose",      5, 2.6, .40, 1, .17, (.95, .40, .52), (.99, .86, .84), (.97, .85, .35)))
 GROUNDS = ((.16, .34, .14), (.34, .52, .22), (.10, .20, .16), (.55, .72, .88),       # leaves, sky,
            (.78, .86, .92), (.46, .38, .28), (.68, .62, .48), (.20, .24, .36))       # soil, dusk
 
@@ -271,7 +272,12 @@ class Images(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, i):
-        return self.pixels[[i]][0] / 255, int(self.labels[i])
+        return self.batch(torch.tensor([i]))[0], int(self.labels[i])
+
+    def batch(self, numbers):
+        """Images [B, 3, H, W] of these numbers [B]; from len(self) on, mirrored ones."""
+        x, mirrored = self.pixels[numbers % len(self)] / 255, numbers >= len(self)
+        return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
 
 
 def drawn_images(split, size, seed=0):
@@ -284,9 +290,8 @@ def drawn_images(split, size, seed=0):
 
 def load_images(config, split):
     """-> Images of one split, "train" or "test"; no image is in both. Raises UserError."""
-    if config.dataset == "drawn":
-        return drawn_images(split, config.image_size)
-    return outside().found_images(config, split)
+    return (drawn_images(split, config.image_size) if config.dataset == "drawn" else
+            extras().found_images(config, split))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -427,8 +432,8 @@ class TinyRAE(nn.Module):
             self.register_buffer(name, start)
 
     def patches(self, images):
-        size = self.patch_size
-        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=size, q=size)
+        p = self.patch_size
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
     @torch.no_grad()
     def start_from_pca(self, images):
@@ -477,18 +482,16 @@ def load_autoencoder(name, config=None, pretrained=True):
 
     RAE has the published weights, or, with pretrained=False, random ones, mean 0 and variance 1.
     """
-    config = config or preset("flowers" if name == "dinov2-b" else "drawn")
-    config = dataclasses.replace(config, autoencoder=name)
-    if name == "tiny":
-        return TinyRAE(config)
-    return outside().RAE(config.weights_dir, pretrained)
+    refuse(name not in ("tiny", "dinov2-b"), f"no autoencoder {name}: tiny or dinov2-b")
+    config = config or Config()
+    return TinyRAE(config) if name == "tiny" else extras().RAE(config.weights_dir, pretrained)
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. The sphere
 # --------------------------------------------------------------------------------------------------
 #     A latent [N, C] is one vector of L = N C numbers; the sphere has the radius sqrt(L).
-#     slerp and angle_between are for looking and editing.
+#     angle_between and slerp, for looking and editing, are in extras.py.
 
 def spherify(z):
     """f(z): divide by the root mean square over all but the batch axis: the norm becomes sqrt(L).
@@ -499,15 +502,10 @@ def spherify(z):
     return F.rms_norm(z.float(), z.shape[1:], eps=1e-6)
 
 
-def per_image(x, like):
-    """A number, or one an image [B], as fp32 that broadcasts over `like` [B, ...]."""
-    x = torch.as_tensor(x, dtype=torch.float32, device=like.device)
-    return x.view(-1, *[1] * (like.dim() - 1))
-
-
 def tilt(v, e, alpha):
     """cos(alpha) v + sin(alpha) e: v tilted towards e by alpha, a number or [B], radians."""
-    alpha = per_image(alpha, v)
+    alpha = torch.as_tensor(alpha, dtype=torch.float32, device=v.device)
+    alpha = alpha.view(-1, *[1] * (v.dim() - 1))             # broadcasts over [B, ...]
     return alpha.cos() * v.float() + alpha.sin() * e.float()
 
 
@@ -516,31 +514,17 @@ def noisy_spherify(v, e, alpha):
     return spherify(tilt(v, e, alpha))
 
 
-def angle_between(a, b):
-    """Angles [B] between a and b [B, ...], radians; exact for small angles too."""
-    a, b = spherify(a).flatten(1), spherify(b).flatten(1)
-    return 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))
-
-
-def slerp(a, b, t):
-    """The point at share t (a number or [B]) of the great circle from a to b, both spherified."""
-    a, b = spherify(a), spherify(b)
-    t, omega = per_image(t, a), per_image(angle_between(a, b), a)
-    arc = ((1 - t) * omega).sin() * a + (t * omega).sin() * b
-    return spherify(torch.where(omega < 1e-3, torch.lerp(a, b, t), arc))
-
-
 def sample_angles(batch, config, generator=None):
     """-> alpha_small, alpha_large, each [B], radians: tan(alpha_small) = s tan(alpha_large)."""
     on = {"generator": generator, "device": generator and generator.device}
     largest = math.radians(config.max_angle)
     if config.noise_distribution == "logit-normal":
         large = largest * torch.sigmoid(config.noise_mean + torch.randn(batch, **on))
-    elif config.noise_distribution == "uniform":
-        large = largest * torch.rand(batch, **on)
-    else:                                                    # stratified: one in each part of 0..1
-        r = (torch.arange(batch, device=on["device"]) + torch.rand(batch, **on)) / batch
-        large = torch.atan(r * math.tan(largest))
+    else:
+        r = torch.rand(batch, **on)
+        parts = (torch.arange(batch, device=on["device"]) + r) / batch       # one r in each
+        uniform = config.noise_distribution == "uniform"
+        large = largest * r if uniform else torch.atan(parts * math.tan(largest))
     s = config.small_ratio * torch.rand(batch, **on)
     return torch.atan2(s * large.sin(), large.cos()), large
 
@@ -569,13 +553,13 @@ def latent_consistency_loss(v_hat_large, v):
     return 1 - (spherify(v_hat_large) * spherify(v.detach())).mean()
 
 
-def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large, config,
-                  perceptual=None):
+def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large, config, vgg=None):
     """The training loss of Sphere Latent Encoder, and of Sphere Encoder, which adds a perceptual.
 
     Sphere Latent Encoder: decode = the denoiser, encode = f, target = the clean latent.
     Sphere Encoder:        decode = D, encode = f o E, target = the image.
     v, e [B, N, C]; angles [B]; labels [B]. decode(views, labels) is called once, on both views.
+    vgg(images, images): the perceptual distance, if there is one.
     -> {"reconstruction", "consistency", "latent_consistency": unweighted, "total": weighted}
     """
     noisy = noisy_spherify if config.spherify else tilt
@@ -584,9 +568,8 @@ def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large
     losses = {"reconstruction": reconstruction_loss(out_small, target),
               "consistency": consistency_loss(out_large, out_small),
               "latent_consistency": latent_consistency_loss(encode(out_large), v)}
-    if perceptual:
-        losses["perceptual"] = (perceptual(out_small, target) +
-                                perceptual(out_large, out_small.detach()))
+    if vgg:
+        losses["perceptual"] = vgg(out_small, target) + vgg(out_large, out_small.detach())
     total = sum(getattr(config, name + "_weight") * loss for name, loss in losses.items())
     return {**losses, "total": total}
 
@@ -597,19 +580,17 @@ def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large
 
 def resolve_device(name):
     """-> torch.device, one that gives back the numbers it was given ("meta" would not)."""
-    if name == "auto":
-        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    name = (torch.accelerator.current_accelerator(True) or "cpu") if name == "auto" else name
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if str(name) == "cuda" else name
     with explained(f"--device {name} cannot be used"):
         torch.set_float32_matmul_precision("high")           # on a GPU: TF32 for what is not bf16
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.tensor(torch.zeros(1, device=name).tolist(), device=name).device
 
 
 def autocast(device):
     """bf16 where the hardware multiplies it faster than fp32; elsewhere nothing."""
-    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    pays = {"cpu": cpu, "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported()}
+    pays = {"cpu": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+            "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported()}
     return torch.autocast(device.type, torch.bfloat16, enabled=pays.get(device.type, False))
 
 
@@ -618,28 +599,15 @@ def seeded(seed, number, device="cpu"):
     return torch.Generator(device).manual_seed(seed * 1_000_003 + number)    # a prime: seeds apart
 
 
-def rank_and_world():
-    """-> the number of this process and how many there are: 0, 1 unless torchrun started them."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def mine():
-    """The part of a batch that is this process's."""
-    rank, world = rank_and_world()
-    return slice(rank, None, world)
-
-
 def summed(x):
     """The sum of a tensor over all processes, in its place. All of them wait here for the last."""
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.all_reduce(x)
     return x
 
 
 def save_checkpoint(path, state):
     """Write beside `path`, then rename: a reader finds the old file or the new, never a half."""
-    if rank_and_world()[0]:
-        return
     temporary = path.with_name(path.name + ".part")
     with explained(f"cannot write {path}, the one before is kept: make room, then --resume"):
         with open(temporary, "wb") as file:
@@ -656,14 +624,12 @@ def read_checkpoint(path, device="cpu"):
 
 
 def write_table(path, rows):
-    if rank_and_world()[0] == 0:
-        path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    RANK or path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
 
 
 def learning_rate_at(step, steps, config):
     """Linear warm-up over 50 updates, constant, linear decay over the second half."""
-    decay = 1 - (1 - config.final_rate) * max(0, 2 * step / steps - 1)
-    return config.learning_rate * min((step + 1) / 50, decay)
+    return config.learning_rate * min((step + 1) / 50, 1, 2 - 2 * step / steps)
 
 
 def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average: None):
@@ -678,7 +644,7 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
     optimiser = torch.optim.Adam(weights, betas=(0.9, 0.95), fused=device.type != "mps")
     parts = {"model": model, "ema": average, "optimiser": optimiser}
     first, log, recent, asked, began = 0, [], [], [], time.time()
-    table, (_, world) = path.with_name("log.csv" if keep else "autoencoder.csv"), rank_and_world()
+    table = path.with_name("log.csv" if keep else "autoencoder.csv")
     if path.exists():
         state = read_checkpoint(path, device)
         refuse(state.get("classes") != keep.get("classes"), f"{path} is of other classes than now")
@@ -693,10 +659,9 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
             optimiser.param_groups[0]["lr"] = learning_rate_at(step, steps, config)
             losses = losses_of(step)
             optimiser.zero_grad()
-            (losses["total"] / world).backward()
-            for weight in weights * (world > 1):
-                if weight.requires_grad:
-                    summed(weight.grad)
+            (losses["total"] / WORLD).backward()
+            for weight in filter(lambda weight: weight.requires_grad, weights):
+                summed(weight.grad)
             norm = nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
             decay = min(config.ema_decay, (2 + step) / (11 + step))          # short memory at first
@@ -704,24 +669,21 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
                 torch._foreach_lerp_(list(average.parameters()), weights, 1 - decay)
             # 0 * norm: a gradient that is not finite shows, even under a loss that is
             recent.append(torch.stack([loss.detach() + 0 * norm for loss in losses.values()]))
-            save = (step + 1) % config.save_every == 0 or step + 1 == steps or asked and world == 1
+            save = (step + 1) % config.save_every == 0 or step + 1 == steps or asked and WORLD == 1
             if save or step % 10 == 9:
-                recent = [torch.stack(recent).mean(0) / world, norm.new_tensor([len(asked)])]
-                *means, stop = summed(torch.cat(recent)).tolist()            # asked: of any process
-                recent = []
+                mean = torch.stack(recent).mean(0) / WORLD   # asked: any process may have been
+                *means, stop = summed(torch.cat([mean, mean.new_tensor([len(asked)])])).tolist()
+                recent.clear()
                 refuse(not math.isfinite(sum(means)), f"the loss is not finite near update "
                        f"{step + 1}; the last good checkpoint is kept: lower --learning-rate")
                 log = log or [["step", *losses, "seconds"]]
                 log.append([step + 1, *means, time.time() - began])
                 bar.set_postfix_str(" ".join(f"{k} {x:.3f}" for k, x in zip(losses, means)))
-                days = (time.time() - began) * (steps / (step + 1) - 1) / 86400
-                if days > 1 and step - first < 10:
-                    print(f"{steps} updates: {days:.0f} days here; see --model-size, torchrun")
             if save or step % 10 == 9 and stop:
                 state = {name: part.state_dict() for name, part in parts.items()} | keep
                 state |= {"step": step + 1, "log": log, "config": dataclasses.asdict(config)}
                 on_save(average)                             # first, or a kill could lose it
-                save_checkpoint(path, state)
+                RANK or save_checkpoint(path, state)
                 write_table(table, log)
                 if stop:
                     raise KeyboardInterrupt(path.parent)
@@ -730,92 +692,73 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
     return average
 
 
-def image_reader(images, device):
-    """-> a function from numbers [B] to images [B, 3, H, W]; from len(images) on, mirrored ones."""
-    def read(chosen):
-        x, mirrored = images.pixels[chosen % len(images)].to(device) / 255, chosen >= len(images)
-        return torch.where(mirrored.view(-1, 1, 1, 1).to(device), x.flip(3), x)
-    return read
-
-
-def all_numbers(images, config):
-    """The numbers of all images, then of all mirrored ones, 256 at a time."""
-    turns = torch.arange((1 + config.flips) * len(images)).split(len(images))
-    return [chosen for turn in turns for chosen in turn.split(256)]
-
-
-def fit_autoencoder(config, images, folder, device):
+def fit_autoencoder(config, images, path, device):
     """Train TinyRAE on `images`, measure the mean and variance of its latents, freeze it."""
     torch.manual_seed(config.seed)
-    autoencoder, read = TinyRAE(config), image_reader(images, device)
+    autoencoder = TinyRAE(config).to(device)
     autoencoder.start_from_pca(images.pixels[torch.randperm(len(images))[:2000]] / 255)
-    autoencoder.to(device)
 
     def losses_of(step):
         generator = seeded(config.seed, step)
         chosen = torch.randint(len(images), (config.batch_size,), generator=generator)
         mirrored = torch.rand(len(chosen), generator=generator) < 0.5 * config.flips
-        x = read((chosen + len(images) * mirrored)[mine()])                      # [B, 3, H, W]
+        x = images.batch((chosen + len(images) * mirrored)[PART]).to(device)   # [B, 3, H, W]
         with autocast(device):
             z = autoencoder.encode_raw(x)                    # of size 1, noise about half of it
             sigma = 0.5 * torch.randn(len(chosen), 1, 1, generator=generator).abs()
             noise = sigma * torch.randn(len(chosen), *z.shape[1:], generator=generator)
-            y = autoencoder.decode_raw(z + noise[mine()].to(device))
+            y = autoencoder.decode_raw(z + noise[PART].to(device))
         edges = sum(F.l1_loss(y.diff(dim=axis), x.diff(dim=axis)) for axis in (2, 3))
         return {"pixels": F.l1_loss(y, x), "edges": edges, "total": F.l1_loss(y, x) + edges}
 
-    autoencoder = optimise(autoencoder, losses_of, config.autoencoder_steps, config,
-                           folder / "autoencoder.pt", {})
+    autoencoder = optimise(autoencoder, losses_of, config.autoencoder_steps, config, path, {})
+    some = torch.arange((1 + config.flips) * len(images))[:100_000].split(256)
     with torch.no_grad(), autocast(device):
-        z = torch.cat([autoencoder.encode(read(x)) for x in all_numbers(images, config)[:400]])
+        z = torch.cat([autoencoder.encode(images.batch(i).to(device)) for i in some])
     autoencoder.latent_mean[0], autoencoder.latent_var[0] = z.mean((0, 1)), z.var((0, 1))
     return autoencoder
 
 
 def latent_reader(autoencoder, images, config, folder, device):
-    """-> a function from numbers [B], as image_reader's, to latents [B, N, C].
+    """-> a function from numbers [B], as those of Images.batch, to latents [B, N, C].
 
     They are encoded once, in memory if they fit into 1 GB, else in a file in half precision; where
     the disk is too small for that, the autoencoder runs in every update.
     """
-    read, numbers = image_reader(images, device), all_numbers(images, config)
-    shape = int(numbers[-1][-1]) + 1, *autoencoder.latent_shape
-
     @torch.no_grad()
-    def encode(chosen):
+    def encode(numbers):
         with autocast(device):
-            return autoencoder.encode(read(chosen)).float()
+            return autoencoder.encode(images.batch(numbers).to(device)).float()
+    shape = (1 + config.flips) * len(images), *autoencoder.latent_shape
     if config.latents or 4 * math.prod(shape) > 1e9:
         path = pathlib.Path(config.latents or folder / "latents.npy")
-        return outside().latents_on_disk(path, shape, encode, device)
-    data = torch.cat([encode(chosen) for chosen in tqdm(numbers, "encoding")])
-    return lambda chosen: data[chosen.to(device)]
+        return extras().latents_on_disk(path, shape, encode, device)
+    data = torch.cat([encode(i) for i in tqdm(torch.arange(shape[0]).split(256), "encoding")])
+    return lambda numbers: data[numbers.to(device)]
 
 
-def fit_denoiser(config, images, autoencoder, folder, device):
+def fit_denoiser(config, images, autoencoder, path, device):
     """Train with the three losses -> the averaged model, a Denoiser or a SphereEncoder.
 
     It learns from latents or, for a SphereEncoder, where autoencoder is None, from images.
     """
-    read = (latent_reader(autoencoder, images, config, folder, device) if autoencoder else
-            image_reader(images, device))
+    read = (latent_reader(autoencoder, images, config, path.parent, device) if autoencoder else
+            lambda numbers: images.batch(numbers).to(device))
     torch.manual_seed(config.seed)
-    model = denoiser_for(config, getattr(autoencoder, "latent_shape", None), len(images.classes))
-    if pixels := isinstance(model, SphereEncoder):
-        some = torch.randperm((1 + config.flips) * len(images))[:2000]
-        model.start_from_pca(image_reader(images, "cpu")(some))
-    network = torch.compile(model.to(device)) if config.compile else model.to(device)
-    project, part = spherify if config.spherify else lambda z: z, mine()
     labels, pool, ahead = images.labels.repeat(1 + config.flips), ThreadPoolExecutor(1), {}
-    look = (outside().perceptual_distance(config.weights_dir, device)
-            if pixels and config.perceptual_weight else None)
+    model = denoiser_for(config, autoencoder and autoencoder.latent_shape, len(images.classes))
+    if pixels := isinstance(model, SphereEncoder):
+        model.start_from_pca(images.batch(torch.randperm(len(labels))[:2000]))
+    network = torch.compile(model.to(device)) if config.compile else model.to(device)
+    project = spherify if config.spherify else lambda z: z
+    vgg = pixels and config.perceptual_weight and extras().perceptual_distance(config, device)
 
     def batch(step):
         generator = seeded(config.seed, step)
         chosen = torch.randint(len(labels), (config.batch_size,), generator=generator)
         dropped = torch.rand(len(chosen), generator=generator) < config.label_dropout
         y = labels[chosen].masked_fill(dropped, model.num_classes)
-        return read(chosen[part]), y[part].to(device), generator             # [B, ...], [B]
+        return read(chosen[PART]), y[PART].to(device), generator             # [B, ...], [B]
 
     def losses_of(step):
         x, y, generator = (ahead.pop(step, None) or pool.submit(batch, step)).result()
@@ -827,17 +770,15 @@ def fit_denoiser(config, images, autoencoder, folder, device):
             if device.type != "cpu":                         # so much noise is quicker drawn there
                 generator = seeded(config.seed, step, device)
             e = torch.randn(config.batch_size, *v.shape[1:], generator=generator, device=device)
-            angles = (alpha[part].to(device)
+            angles = (alpha[PART].to(device)
                       for alpha in sample_angles(config.batch_size, config, generator))
-            return sphere_losses(network, encode, v, target, y, e[part], *angles, config, look)
+            return sphere_losses(network, encode, v, target, y, e[PART], *angles, config, vgg)
 
     def draw(average):
-        path = folder / "samples.png"
-        sample_figure(average, autoencoder or average, images.classes, config, path)
+        sample_figure(average, autoencoder or average, images.classes, config, path.parent)
     own = isinstance(autoencoder, TinyRAE)                   # the published one is not copied
     keep = {"autoencoder": autoencoder.state_dict() if own else {}, "classes": images.classes}
-    return optimise(model, losses_of, config.train_steps, config, folder / "checkpoint.pt",
-                    keep, draw)
+    return optimise(model, losses_of, config.train_steps, config, path, keep, draw)
 
 
 def train(config):
@@ -845,25 +786,24 @@ def train(config):
     device = resolve_device(config.device)
     with open_run(config) as (folder, config):
         images, held_out = load_images(config, "train"), load_images(config, "test")
-        if not config.resume and rank_and_world()[0] == 0:   # an old run goes only now
+        if not (config.resume or RANK):                      # an old run goes only now
             for name in RUN_FILES:
                 (folder / name).unlink(missing_ok=True)
             (folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
         summed(torch.zeros(1))
-        autoencoder, classes = None, images.classes          # Sphere Encoder is its own
+        autoencoder = None                                   # Sphere Encoder is its own
         if config.method == "sphere-latent":
             autoencoder = (load_run(folder, device)[1] if (folder / "checkpoint.pt").exists() else
-                           fit_autoencoder(config, images, folder, device)
+                           fit_autoencoder(config, images, folder / "autoencoder.pt", device)
                            if config.autoencoder == "tiny" else
                            load_autoencoder(config.autoencoder, config).to(device))
-            reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
-        denoiser = fit_denoiser(config, images, autoencoder, folder, device)
+        denoiser = fit_denoiser(config, images, autoencoder, folder / "checkpoint.pt", device)
         for name in ("autoencoder.pt", "latents.npy"):       # checkpoint.pt holds what is needed
             (folder / name).unlink(missing_ok=True)
-        loss_figure(folder)
+        loss_figure(folder / "checkpoint.pt")
         autoencoder = autoencoder or denoiser
         reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
-        evaluate_run(config, autoencoder, denoiser, classes, held_out, folder / "frechet.csv")
+        evaluate_run(config, autoencoder, denoiser, folder / "frechet.csv", held_out)
     return folder
 
 
@@ -877,27 +817,21 @@ def open_run(config):
 
     A run that is there already is neither lost nor taken for another.
     """
-    world, folder = rank_and_world()[1], config.resume or config.out or f"runs/{config.dataset}"
-    folder = pathlib.Path(folder)
-    refuse(config.batch_size % world, f"--batch-size must be a multiple of {world}, the processes")
+    folder = pathlib.Path(config.resume or config.out or f"runs/{config.dataset}")
     held = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if config.resume:
-        refuse(not held or held[0].suffix != ".pt",
-               f"--resume {folder}: no checkpoint in it; it has to be started again")
+        refuse(not held or held[0].suffix != ".pt", f"--resume {folder}: no checkpoint in it")
         saved = read_checkpoint(held[0])["config"]
         config = dataclasses.replace(saved, resume=config.resume, device=config.device,
                                      data_dir=config.data_dir or saved.data_dir)
     refuse(held and not (config.resume or config.overwrite), f"{folder} already holds a run: go on "
            f"with it (--resume {folder}), replace it (--overwrite), or choose another --out")
-    root = config.data_dir and os.path.abspath(config.data_dir)      # --resume works from anywhere
-    config = dataclasses.replace(config, data_dir=root)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:                # gone with the process, in any case
         with contextlib.suppress(ImportError):               # Windows has no fcntl
             import fcntl
             with explained(f"{folder} is in use by another run"):
-                if rank_and_world()[0] == 0:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                RANK or fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         summed(torch.zeros(1))                               # none writes before all have looked
         yield folder, config
 
@@ -959,7 +893,7 @@ def sample_batches(denoiser, autoencoder, labels, config, batch=100):
     """
     device, draws = next(denoiser.parameters()).device, config.steps if config.fresh_noise else 1
     share = {"encoder": 1.0, "decoder": 0.0, "both": 0.5}[config.cfg_position]
-    for chosen in torch.arange(len(labels)).split(batch)[mine()]:
+    for chosen in torch.arange(len(labels)).split(batch)[PART]:
         e = seeded_noise(chosen, autoencoder.latent_shape, config.seed, draws).to(device)
         with autocast(device):
             z = sample(denoiser, labels[chosen].to(device), config.steps, config.cfg_scale, noise=e,
@@ -978,8 +912,8 @@ def sample_images(denoiser, autoencoder, labels, config, batch=100):
 
 def at_each_step_count(denoiser, autoencoder, labels, config):
     """-> {1: images [n, 3, H, W], 2: ..., 4: ..., 6: ...}: the same noise, that many steps."""
-    configs = [dataclasses.replace(config, steps=steps) for steps in (1, 2, 4, 6)]
-    return {c.steps: sample_images(denoiser, autoencoder, labels, c) for c in configs}
+    return {steps: sample_images(denoiser, autoencoder, labels, dataclasses.replace(
+        config, steps=steps)) for steps in (1, 2, 4, 6)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -992,12 +926,11 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     The last trace is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is
     symmetric: nothing complex arises, and singular covariances are allowed. float64.
     """
-    mean_a, cov_a, mean_b, cov_b = (
-        torch.as_tensor(x).double() for x in (mean_a, cov_a, mean_b, cov_b))
-    values, vectors = torch.linalg.eigh(cov_a)
+    m_a, c_a, m_b, c_b = (torch.as_tensor(x).double() for x in (mean_a, cov_a, mean_b, cov_b))
+    values, vectors = torch.linalg.eigh(c_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+    cross = torch.linalg.eigvalsh(root @ c_b @ root).clamp(min=0).sqrt().sum()
+    return float((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * cross)
 
 
 def untrained_features(images, widths=(3, 32, 64, 128, 128)):
@@ -1019,12 +952,13 @@ def gaussian(images):
     return features.mean(0), torch.cov(features.T)
 
 
-def evaluate_run(config, autoencoder, denoiser, classes, real, path):
-    """Print, and write to `path`, the Fréchet distance to `real` at 1, 2, 4 and 6 steps."""
+def evaluate_run(config, autoencoder, denoiser, path, real=None):
+    """Print, and write to `path`, the Fréchet distance to real images at 1, 2, 4 and 6 steps."""
     if config.features == "inception":
-        return outside().evaluate_fid(config, autoencoder, denoiser, classes, path)
-    labels = torch.arange(config.eval_samples) % len(classes)
-    reference, found = gaussian(real.pixels / 255), {}
+        return extras().evaluate_fid(config, autoencoder, denoiser, path)
+    labels = torch.arange(config.eval_samples) % denoiser.num_classes
+    real, found = real or load_images(config, "test"), {}
+    reference = gaussian(real.pixels / 255)
     unit = reference[1].trace().clamp(min=1e-9).item()       # images that are all the same have 0
     print(f"Fréchet distance in features of an untrained network, in units of real variance, "
           f"{len(labels)} samples against {len(real)} held-out images, CFG {config.cfg_scale:g}:")
@@ -1040,28 +974,24 @@ def evaluate_run(config, autoencoder, denoiser, classes, real, path):
 
 def picture(path, rows, row_names, column_names=None):
     """A sheet of images: rows is a list of [n, 3, H, W] in [0, 1], with one name each."""
-    if rank_and_world()[0]:
-        return
     from matplotlib.figure import Figure
     side, columns = rows[0].shape[-1], len(rows[0])
-    sheet = rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c").numpy()
-    width, height = columns + 1.2, len(rows) + 0.5                           # an inch an image
-    figure = Figure((width, height), dpi=128)
-    axes = figure.add_axes((1.1 / width, 0.02, columns / width, len(rows) / height))
-    axes.imshow(sheet, aspect="auto")
+    axes = Figure((columns, len(rows)), dpi=128).add_axes((0, 0, 1, 1))      # an inch an image
+    axes.imshow(rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c"), aspect="auto")
     middle = [side * (n + 0.5) for n in range(max(columns, len(rows)))]
     axes.set_yticks(middle[:len(rows)], row_names, parse_math=False)
     axes.set_xticks(middle[:columns], column_names or [""] * columns, parse_math=False)
     axes.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
-    figure.savefig(path)
+    RANK or axes.figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
 
 
-def sample_figure(denoiser, autoencoder, classes, config, path):
+def sample_figure(denoiser, autoencoder, classes, config, folder):
     """The same random points after 1, 2, 4 and 6 steps, a class a column."""
     labels = torch.arange(12) % len(classes)
     rows = at_each_step_count(denoiser, autoencoder, labels, config)
-    picture(path, [*rows.values()], [f"steps: {n}" for n in rows], [classes[y] for y in labels])
+    names = [f"steps: {n}" for n in rows], [classes[y] for y in labels]
+    picture(folder / "samples.png", [*rows.values()], *names)
 
 
 def reconstruction_figure(autoencoder, images, path):
@@ -1077,58 +1007,59 @@ def reconstruction_figure(autoencoder, images, path):
     return psnr
 
 
-def loss_figure(folder):
-    """loss.png: the three unweighted losses against updates."""
+def loss_figure(path):
+    """The three unweighted losses of a checkpoint against updates, beside it as loss.png."""
     from matplotlib.figure import Figure
-    names, *rows = read_checkpoint(folder / "checkpoint.pt")["log"]
+    names, *rows = read_checkpoint(path)["log"]
     steps, *losses = zip(*rows)
     axes = (figure := Figure((6, 3.5), dpi=128)).subplots()
     axes.plot(steps, list(zip(*losses[:3])), label=names[1:4], lw=1)
     axes.set(xlabel="updates", ylabel="loss, unweighted", yscale="log")
     axes.legend(fontsize=8)
-    figure.savefig(folder / "loss.png", bbox_inches="tight")
+    RANK or figure.savefig(path.with_name("loss.png"), bbox_inches="tight")
 
 
 # --------------------------------------------------------------------------------------------------
 # 11. Command line
 # --------------------------------------------------------------------------------------------------
 
-def load_run(path, device="cpu"):
+def load_run(path, device="cpu", **given):
     """A run folder or checkpoint file -> config, autoencoder, averaged denoiser in eval mode.
 
-    Sphere Encoder is both: the second and the third are one model.
+    Sphere Encoder is both: the second and the third are one model. given: fields of config that
+    are to be others than those of the run.
     """
     path = pathlib.Path(path)
     state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
     refuse("autoencoder" not in state, f"{path} is half a run: train --resume {path.parent}")
+    config = dataclasses.replace(state["config"], **given)
+    frozen = config.method == "sphere-latent" and load_autoencoder(config.autoencoder, config)
     with explained(f"{path} is no checkpoint of this program, or damaged"):
-        autoencoder = load_autoencoder(state["config"].autoencoder, state["config"])
-        denoiser = denoiser_for(state["config"], autoencoder.latent_shape, len(state["classes"]))
-        if isinstance(denoiser, SphereEncoder):
-            autoencoder, state["autoencoder"] = denoiser, state["ema"]
+        denoiser = denoiser_for(config, frozen and frozen.latent_shape, len(state["classes"]))
+        denoiser.load_state_dict(state["ema"])
         denoiser.classes = state["classes"]
-        for model, weights in ((autoencoder, state["autoencoder"]), (denoiser, state["ema"])):
-            model.load_state_dict(weights or model.state_dict())             # RAE has its own
-            model.to(device).eval().requires_grad_(False)
-    return state["config"], autoencoder, denoiser
+        if isinstance(frozen, TinyRAE):                      # RAE has its own weights
+            frozen.load_state_dict(state["autoencoder"])
+    models = frozen or denoiser, denoiser
+    return config, *(model.to(device).eval().requires_grad_(False) for model in models)
 
 
 def open_checkpoint(given, default_out):
     """-> config with the flags that were given, autoencoder, denoiser, path to write to."""
-    checkpoint, out = pathlib.Path(given.pop("checkpoint")), given.pop("out", None)
-    config, *models = load_run(checkpoint, resolve_device(given.get("device", "auto")))
-    out = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / default_out
-    out, ending = pathlib.Path(out), pathlib.Path(default_out).suffix
+    checkpoint, ending = pathlib.Path(given.pop("checkpoint")), default_out[-4:]
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    out = pathlib.Path(given.pop("out", folder / default_out))
+    device = resolve_device(given.get("device", "auto"))
     refuse(out.suffix != ending or out.is_dir(), f"--out {out}: not a file that ends in {ending}")
+    config, *models = load_run(checkpoint, device, **given)
     out.parent.mkdir(parents=True, exist_ok=True)
-    return dataclasses.replace(config, **given), *models, out
+    return config, *models, out
 
 
 def train_command(given):
     """Learn the autoencoder and the denoiser, then draw samples and measure them."""
-    if "resume" in given:
-        refuse(not given["resume"] or set(given) - {"resume", "device", "data_dir"},
-               "--resume RUN takes all from there: no other flag but --device, --data-dir")
+    other = set(given) - {"resume", "device", "data_dir"} or not given.get("resume")
+    refuse("resume" in given and other, "--resume RUN: no other flag but --device and --data-dir")
     usual = given.get("dataset", "folder" if "data_dir" in given else "drawn")
     config = dataclasses.replace(preset(usual, given.get("method", "sphere-latent")), **given)
     print(f"The pictures are in {train(config)}")
@@ -1139,11 +1070,10 @@ def sample_command(given):
     wanted, count = given.pop("classes", None), given.pop("count", 8)
     config, autoencoder, denoiser, out = open_checkpoint(given, "sampled.png")
     classes = denoiser.classes
-    numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
-    chosen = [numbers.get(name) for name in wanted or classes]
-    refuse(None in chosen or not 1 <= count <= 100_000 / len(chosen),
-           f"--classes {' '.join(wanted or [])} --count {count}: choose from {', '.join(classes)}, "
-           f"1 or more of each, at most 100000 in all")
+    names = [*classes, *map(str, range(len(classes)))]       # a class may be called by its number
+    with explained(f"--classes {wanted}: choose from {', '.join(classes)}"):
+        chosen = [names.index(name) % len(classes) for name in wanted or classes]
+    refuse(not 1 <= count <= 100_000 / len(chosen), f"--count {count}: 1 to 100000 in all")
     labels = torch.tensor(chosen).repeat_interleave(count)
     images = sample_images(denoiser, autoencoder, labels, config)
     picture(out, images.split(count), [classes[y] for y in chosen])
@@ -1152,15 +1082,16 @@ def sample_command(given):
 
 def evaluate_command(given):
     """Fréchet distance of a checkpoint's samples to held-out images, at 1, 2, 4 and 6 steps."""
-    config, autoencoder, denoiser, out = open_checkpoint(given, "frechet.csv")
-    evaluate_run(config, autoencoder, denoiser, denoiser.classes, load_images(config, "test"), out)
+    evaluate_run(*open_checkpoint(given, "frechet.csv"))
 
 
 def reconstruct_command(given):
     """Show held-out images beside what the autoencoder (of them alone, without labels) makes."""
     config, autoencoder, _, out = open_checkpoint(given, "reconstructions.png")
-    psnr = reconstruction_figure(autoencoder, load_images(config, "test"), out)
-    print(f"{out}: PSNR {psnr:.2f} dB on held-out images")
+    images = load_images(config, "test")
+    print(f"{out}: PSNR {reconstruction_figure(autoencoder, images, out):.2f} dB, held-out images")
+    if config.features == "inception":
+        extras().reconstruction_fid(config, autoencoder, images, out.parent)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1179,20 +1110,19 @@ def build_parser():
             function.__name__.split("_")[0], help=function.__doc__, description=function.__doc__,
             allow_abbrev=False, argument_default=argparse.SUPPRESS)
         for name in names:
-            kind, rule, default = fields[name].type, fields[name].metadata, fields[name].default
-            text = f"{rule['help']} {' | '.join(rule['choices'])} (default: {default})"
+            kind, flag = fields[name].type, "--" + name.replace("_", "-")
             how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-            command.add_argument("--" + name.replace("_", "-"), help=text, **how)
+            command.add_argument(flag, help=fields[name].metadata["help"], **how)
         command.set_defaults(function=function)
         return command
 
-    sampling = "cfg_scale cfg_position tilt tilt_schedule fresh_noise seed device".split()
+    sampling = "cfg_scale cfg_position tilt tilt_schedule fresh_noise seed".split()
     add(train_command, fields)
-    draw = add(sample_command, ["steps", *sampling])
+    draw = add(sample_command, ["steps", *sampling, "weights_dir", "device"])
     draw.add_argument("--classes", nargs="+", help="names or numbers of classes (default: all)")
     draw.add_argument("--count", type=int, help="images of each class (default: 8)")
     real = "eval_samples data_dir weights_dir features reference device".split()
-    measure = add(evaluate_command, [*real[:-1], *sampling])
+    measure = add(evaluate_command, [*real, *sampling])
     for command in (draw, measure, add(reconstruct_command, real)):
         command.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
         command.add_argument("--out", help="file to write (default: one in the run folder)")
@@ -1201,12 +1131,11 @@ def build_parser():
 
 def main(argv=None):
     """Run one command -> exit code: 0, 2 for what a person can put right, 130 for Ctrl-C."""
-    errors = sys.stderr
     try:
-        if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():     # torchrun
+        if WORLD > 1:
             dist.init_process_group()
-            if dist.get_rank():                              # one of them talks, and writes
-                sys.stdout = sys.stderr = open(os.devnull, "w")
+        if RANK:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
         given = vars(build_parser().parse_args(argv))
         return given.pop("function")(given) or 0
     except SystemExit as leave:                              # --help
@@ -1219,7 +1148,7 @@ def main(argv=None):
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         text, code = "out of memory: lower --batch-size, --image-size, --model-size or --count", 2
-    print("sphere_latent.py:", " ".join(str(text).split()), file=errors)
+    print("sphere_latent.py:", *str(text).split(), file=sys.__stderr__ if RANK else sys.stderr)
     return code
 
 

@@ -1,18 +1,19 @@
-"""What comes from outside: images and networks of others, beside sphere_latent.py.
+"""What the default run of sphere_latent.py does not need, and which is not the method.
 
-  found_images   images in folders, CIFAR-10, Oxford-Flowers, Animal-Faces, ImageNet
-  RAE            the paper's frozen autoencoder: DINOv2-B with registers in, a ViT-XL decoder out
-                 (arXiv 2510.11690)
-  InceptionFID   the features in which a Fréchet distance is an FID
-  VGGDistance    the perceptual loss of Sphere Encoder
-  latents_on_disk   latents too many for memory, encoded once, on disk
+  found_images     images in folders, CIFAR-10, Oxford-Flowers, Animal-Faces, ImageNet
+  RAE              the paper's frozen autoencoder: DINOv2-B with registers in, a ViT-XL decoder out
+                   (arXiv 2510.11690)
+  InceptionFID     the features in which a Fréchet distance is an FID
+  VGGDistance      the perceptual loss of Sphere Encoder
+  latents_on_disk  latents too many for memory
+  slerp            the way from one point of the sphere to another
 
-Nothing of the method is here. sphere_latent.py opens this file when a command first needs it.
-Weights come from where they were published, through the usual caches, or from a folder in which
-they were placed by hand. Each network can be built without them.
+sphere_latent.py opens this file when a command first needs it. Weights come from where they were
+published, through the usual caches, or from a folder in which they were placed by hand. Each
+network can be built without them.
 
 Contents: 1 Images, 2 Weights that others published, 3 RAE, 4 Networks that look at images,
-5 FID, 6 Latents on disk.
+5 FID, 6 Latents on disk, 7 On the sphere.
 
     B batch   N tokens   C channels of a token   D width   H heads   K = D / H
 """
@@ -34,8 +35,8 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from sphere_latent import (Images, autocast, explained, frechet_distance, load_images, mine,
-                           rank_and_world, refuse, sample_batches, summed, write_table)
+from sphere_latent import (PART, RANK, Images, autocast, explained, frechet_distance, load_images,
+                           refuse, sample_batches, spherify, summed, write_table)
 
 IMAGENET = torch.tensor([[.485, .456, .406], [.229, .224, .225]]).view(2, 3, 1, 1)   # mean, std
 
@@ -99,6 +100,14 @@ SOURCES = {"cifar10": "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kri
                       "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
            "animal-faces": "AFHQ of https://github.com/clovaai/stargan-v2, with train and val",
            "imagenet": "ImageNet-1K of https://image-net.org, with train and val, a folder a class"}
+
+
+# where the paper is silent, RAE's recipe for its second stage; 1,000 epochs, of ImageNet 800
+RECIPE = dict(autoencoder="dinov2-b", image_size=256, model_size="B", batch_size=1024,
+              learning_rate=2e-4, ema_decay=0.9995, features="inception", eval_samples=50_000)
+PAPER_PRESETS = {"flowers": RECIPE | dict(train_steps=8000, eval_samples=51_000),
+                 "animal-faces": RECIPE | dict(train_steps=14_000),
+                 "imagenet": RECIPE | dict(train_steps=1_000_000, model_size="XL")}
 
 
 def found_images(config, split):
@@ -357,10 +366,10 @@ class VGGDistance(nn.Module):
         return total
 
 
-def perceptual_distance(weights_dir, device):
+def perceptual_distance(config, device):
     """-> VGGDistance with the published weights; None, and a word on it, if there are none."""
     try:
-        return VGGDistance(published(VGG, weights_dir)).to(device)
+        return VGGDistance(published(VGG, config.weights_dir)).to(device)
     except OSError as error:
         print(f"Sphere Encoder learns without its perceptual loss: {error}")
 
@@ -398,10 +407,10 @@ def inception_and_reference(config, folder, device):
     path = pathlib.Path(config.reference or folder / "reference.npz")
     if not (config.reference or path.exists()):
         images = load_images(config, "train")
-        turns = tqdm(torch.arange(len(images)).split(100)[mine()], "real features")
+        turns = tqdm(torch.arange(len(images)).split(100)[PART], "real features")
         batches = (images.pixels[chosen] / 255 for chosen in turns)
         (mean, covariance), _ = statistics(inception, batches, device)
-        if rank_and_world()[0] == 0:
+        if not RANK:
             np.savez(path, mu=mean, sigma=covariance, n=len(images))
         summed(torch.zeros(1))
     with explained(f"{path} has no mu and sigma of Inception features"):
@@ -412,11 +421,11 @@ def inception_and_reference(config, folder, device):
     return inception, reference, f"{path} ({images} of {config.dataset})"
 
 
-def evaluate_fid(config, autoencoder, denoiser, classes, path):
+def evaluate_fid(config, autoencoder, denoiser, path):
     """Print, and write to `path`, FID and Inception Score at 1, 2, 4 and 6 steps."""
     device = next(denoiser.parameters()).device
     inception, reference, words = inception_and_reference(config, path.parent, device)
-    labels, rows = torch.arange(config.eval_samples) % len(classes), []
+    labels, rows = torch.arange(config.eval_samples) % denoiser.num_classes, []
     print(f"against {words}, CFG {config.cfg_scale:g}:" + few(labels))
     for steps in (1, 2, 4, 6):
         each = dataclasses.replace(config, steps=steps)
@@ -435,7 +444,7 @@ def reconstruction_fid(config, autoencoder, images, folder):
     chosen = torch.arange(min(len(images), config.eval_samples))
 
     def rebuilt():
-        for i in tqdm(chosen.split(100)[mine()], "rebuilding"):
+        for i in tqdm(chosen.split(100)[PART], "rebuilding"):
             with torch.no_grad(), autocast(device):
                 yield autoencoder.decode(autoencoder.encode(images.pixels[i].to(device) / 255))
     moments, _ = statistics(inception, rebuilt(), device)
@@ -466,7 +475,7 @@ def latents_on_disk(path, shape, encode, device):
         print(f"no room for {path}: {size / 1e9:.1f} GB of latents, {free / 1e9:.1f} GB free. The "
               f"autoencoder will run in every update, which is slower")
         return encode
-    if not path.exists() and rank_and_world()[0] == 0:
+    if not path.exists() and not RANK:
         print(f"{path} will take {size / 1e9:.1f} GB")
         np.lib.format.open_memmap(path, "w+", np.float16, shape)
     summed(torch.zeros(1))
@@ -476,9 +485,28 @@ def latents_on_disk(path, shape, encode, device):
     other = data.shape != shape or data[0].any() and np.abs(data[0] - first).mean() > 0.1
     refuse(other, f"{path} holds latents of other images or of another autoencoder: delete it, or "
                   f"name another with --latents")
-    for chosen in tqdm(torch.arange(len(data)).split(256)[mine()], "encoding"):
+    for chosen in tqdm(torch.arange(len(data)).split(256)[PART], "encoding"):
         if not data[chosen[-1]].any():                       # not there yet
             data[chosen] = encode(chosen).half().cpu()
     data.flush()
     summed(torch.zeros(1))
     return lambda chosen: torch.from_numpy(data[chosen.numpy()]).to(device).float()
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. On the sphere: looking and editing
+# --------------------------------------------------------------------------------------------------
+
+def angle_between(a, b):
+    """Angles [B] between a and b [B, ...], radians; exact for small angles too."""
+    a, b = spherify(a).flatten(1), spherify(b).flatten(1)
+    return 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))
+
+
+def slerp(a, b, t):
+    """The point at share t (a number or [B]) of the great circle from a to b, both spherified."""
+    a, b = spherify(a), spherify(b)
+    t, omega = (torch.as_tensor(x, dtype=torch.float32, device=a.device).view(
+        -1, *[1] * (a.dim() - 1)) for x in (t, angle_between(a, b)))
+    arc = ((1 - t) * omega).sin() * a + (t * omega).sin() * b
+    return spherify(torch.where(omega < 1e-3, torch.lerp(a, b, t), arc))
