@@ -35,8 +35,8 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from sphere_latent import (PART, RANK, Images, autocast, explained, frechet_distance, load_images,
-                           refuse, sample_batches, spherify, summed, write_table)
+from sphere_latent import (PART, RANK, Images, UserError, autocast, explained, frechet_distance,
+                           load_images, refuse, sample_batches, spherify, summed, write_table)
 
 IMAGENET = torch.tensor([[.485, .456, .406], [.229, .224, .225]]).view(2, 3, 1, 1)   # mean, std
 
@@ -167,11 +167,17 @@ INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
 VGG = "https://download.pytorch.org/models", "vgg16-397923af.pth"
 
 
+class Missing(UserError):
+    """A published file cannot be had. The message says all: explained() lets it through."""
+
+    complete = True
+
+
 def published(source, folder="", instead=""):
     """-> path of a published file: placed in `folder` by hand, or in a cache, or fetched now.
 
     source: (site, name). A name that ends in .pth has the first eight digits of the file's SHA-256
-    in it, which is checked. Raises OSError: what was looked for, why it failed, what to do.
+    in it, which is checked. Raises Missing: what was looked for, why it failed, what to do.
     """
     site, name = source
     path = pathlib.Path(folder, pathlib.PurePath(name).name)
@@ -191,7 +197,7 @@ def published(source, folder="", instead=""):
                 raise ValueError(f"{path} is damaged: its SHA-256 does not begin with {digest}")
         return path
     except Exception as error:
-        raise OSError(f"no {name} of {site} ({type(error).__name__}: {str(error)[:200]}): put it "
+        raise Missing(f"no {name} of {site} ({type(error).__name__}: {str(error)[:200]}): put it "
                       f"as {path.name} in a folder and add --weights-dir FOLDER{instead}") from None
 
 
@@ -370,7 +376,7 @@ def perceptual_distance(config, device):
     """-> VGGDistance with the published weights; None, and a word on it, if there are none."""
     try:
         return VGGDistance(published(VGG, config.weights_dir)).to(device)
-    except OSError as error:
+    except Missing as error:
         print(f"Sphere Encoder learns without its perceptual loss: {error}")
 
 

@@ -66,11 +66,12 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def explained(message):
-    """Whatever fails inside, here or in a library, becomes a UserError that starts with message."""
+    """What fails inside, here or in a library, becomes a UserError that starts with message."""
     try:
         yield
     except Exception as error:
-        raise UserError(f"{message} ({type(error).__name__}: {str(error)[:300]})") from None
+        said = getattr(error, "complete", None) and error    # a file that could not be had
+        raise said or UserError(f"{message} ({type(error).__name__}: {str(error)[:300]})") from None
 
 
 def refuse(wrong, message):
@@ -163,8 +164,6 @@ class Config:
     def __post_init__(self):
         def need(good, name, allowed):
             refuse(not good, f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
-        for name in ("data_dir", "weights_dir", "latents", "reference"):     # from anywhere
-            setattr(self, name, getattr(self, name) and os.path.abspath(getattr(self, name)))
         for field in dataclasses.fields(self):               # nan is in no range
             value, rule = getattr(self, field.name), field.metadata
             good = (rule["least"] <= value <= rule["most"] if field.type in (int, float) else
@@ -685,7 +684,7 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
                 on_save(average)                             # first, or a kill could lose it
                 RANK or save_checkpoint(path, state)
                 write_table(table, log)
-                if stop:
+                if stop or asked and WORLD == 1:
                     raise KeyboardInterrupt(path.parent)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -775,7 +774,8 @@ def fit_denoiser(config, images, autoencoder, path, device):
             return sphere_losses(network, encode, v, target, y, e[PART], *angles, config, vgg)
 
     def draw(average):
-        sample_figure(average, autoencoder or average, images.classes, config, path.parent)
+        figure = path.with_name("samples.png")
+        sample_figure(average, autoencoder or average, images.classes, config, figure)
     own = isinstance(autoencoder, TinyRAE)                   # the published one is not copied
     keep = {"autoencoder": autoencoder.state_dict() if own else {}, "classes": images.classes}
     return optimise(model, losses_of, config.train_steps, config, path, keep, draw)
@@ -820,12 +820,15 @@ def open_run(config):
     folder = pathlib.Path(config.resume or config.out or f"runs/{config.dataset}")
     held = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if config.resume:
-        refuse(not held or held[0].suffix != ".pt", f"--resume {folder}: no checkpoint in it")
+        refuse(not held or held[0].suffix != ".pt", f"no checkpoint in {folder}: start again")
         saved = read_checkpoint(held[0])["config"]
         config = dataclasses.replace(saved, resume=config.resume, device=config.device,
                                      data_dir=config.data_dir or saved.data_dir)
     refuse(held and not (config.resume or config.overwrite), f"{folder} already holds a run: go on "
            f"with it (--resume {folder}), replace it (--overwrite), or choose another --out")
+    # --resume works from anywhere
+    config = dataclasses.replace(config, **{name: os.path.abspath(path) for name, path in vars(
+        config).items() if path and name in ("data_dir", "weights_dir", "latents", "reference")})
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:                # gone with the process, in any case
         with contextlib.suppress(ImportError):               # Windows has no fcntl
@@ -877,9 +880,9 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, angle=math.pi / 2, schedule
     return (z, path) if return_path else z
 
 
-def seeded_noise(numbers, latent_shape, seed, draws=1):
-    """Noise [draws, n, N, C] of the images with these n numbers; it depends on seed and number."""
-    generators = [seeded(seed, int(i)) for i in numbers]
+def seeded_noise(count, latent_shape, seed, draws=1, first=0):
+    """Noise [draws, count, N, C]; that of image n = first + i depends on the seed and n alone."""
+    generators = [seeded(seed, first + i) for i in range(count)]
     return torch.stack([torch.stack([torch.randn(latent_shape, generator=generator)
                                      for generator in generators]) for _ in range(draws)])
 
@@ -894,7 +897,7 @@ def sample_batches(denoiser, autoencoder, labels, config, batch=100):
     device, draws = next(denoiser.parameters()).device, config.steps if config.fresh_noise else 1
     share = {"encoder": 1.0, "decoder": 0.0, "both": 0.5}[config.cfg_position]
     for chosen in torch.arange(len(labels)).split(batch)[PART]:
-        e = seeded_noise(chosen, autoencoder.latent_shape, config.seed, draws).to(device)
+        e = seeded_noise(len(chosen), autoencoder.latent_shape, config.seed, draws, int(chosen[0]))
         with autocast(device):
             z = sample(denoiser, labels[chosen].to(device), config.steps, config.cfg_scale, noise=e,
                        angle=math.radians(config.tilt), schedule=config.tilt_schedule,
@@ -977,7 +980,7 @@ def picture(path, rows, row_names, column_names=None):
     from matplotlib.figure import Figure
     side, columns = rows[0].shape[-1], len(rows[0])
     axes = Figure((columns, len(rows)), dpi=128).add_axes((0, 0, 1, 1))      # an inch an image
-    axes.imshow(rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c"), aspect="auto")
+    axes.imshow(rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c").numpy(), aspect="auto")
     middle = [side * (n + 0.5) for n in range(max(columns, len(rows)))]
     axes.set_yticks(middle[:len(rows)], row_names, parse_math=False)
     axes.set_xticks(middle[:columns], column_names or [""] * columns, parse_math=False)
@@ -986,12 +989,11 @@ def picture(path, rows, row_names, column_names=None):
     RANK or axes.figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
 
 
-def sample_figure(denoiser, autoencoder, classes, config, folder):
+def sample_figure(denoiser, autoencoder, classes, config, path):
     """The same random points after 1, 2, 4 and 6 steps, a class a column."""
     labels = torch.arange(12) % len(classes)
     rows = at_each_step_count(denoiser, autoencoder, labels, config)
-    names = [f"steps: {n}" for n in rows], [classes[y] for y in labels]
-    picture(folder / "samples.png", [*rows.values()], *names)
+    picture(path, [*rows.values()], [f"steps: {n}" for n in rows], [classes[y] for y in labels])
 
 
 def reconstruction_figure(autoencoder, images, path):
@@ -1011,9 +1013,8 @@ def loss_figure(path):
     """The three unweighted losses of a checkpoint against updates, beside it as loss.png."""
     from matplotlib.figure import Figure
     names, *rows = read_checkpoint(path)["log"]
-    steps, *losses = zip(*rows)
     axes = (figure := Figure((6, 3.5), dpi=128)).subplots()
-    axes.plot(steps, list(zip(*losses[:3])), label=names[1:4], lw=1)
+    axes.plot([row[0] for row in rows], [row[1:4] for row in rows], label=names[1:4], lw=1)
     axes.set(xlabel="updates", ylabel="loss, unweighted", yscale="log")
     axes.legend(fontsize=8)
     RANK or figure.savefig(path.with_name("loss.png"), bbox_inches="tight")
@@ -1033,8 +1034,8 @@ def load_run(path, device="cpu", **given):
     state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
     refuse("autoencoder" not in state, f"{path} is half a run: train --resume {path.parent}")
     config = dataclasses.replace(state["config"], **given)
-    frozen = config.method == "sphere-latent" and load_autoencoder(config.autoencoder, config)
     with explained(f"{path} is no checkpoint of this program, or damaged"):
+        frozen = config.method == "sphere-latent" and load_autoencoder(config.autoencoder, config)
         denoiser = denoiser_for(config, frozen and frozen.latent_shape, len(state["classes"]))
         denoiser.load_state_dict(state["ema"])
         denoiser.classes = state["classes"]
@@ -1049,9 +1050,9 @@ def open_checkpoint(given, default_out):
     checkpoint, ending = pathlib.Path(given.pop("checkpoint")), default_out[-4:]
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     out = pathlib.Path(given.pop("out", folder / default_out))
-    device = resolve_device(given.get("device", "auto"))
+    given["device"] = resolve_device(given.get("device", "auto"))
     refuse(out.suffix != ending or out.is_dir(), f"--out {out}: not a file that ends in {ending}")
-    config, *models = load_run(checkpoint, device, **given)
+    config, *models = load_run(checkpoint, **given)
     out.parent.mkdir(parents=True, exist_ok=True)
     return config, *models, out
 

@@ -65,13 +65,13 @@ def main():
         coder = autoencoder
         if row.startswith("autoencoder"):                    # its own, one for all seeds
             folder = pathlib.Path(tempfile.mkdtemp())
-            coder = sl.fit_autoencoder(dataclasses.replace(config, **TRAINING[row]), images, folder, device)
+            coder = sl.fit_autoencoder(dataclasses.replace(config, **TRAINING[row]), images,
+                                       folder / "autoencoder.pt", device)
             shutil.rmtree(folder)
-        latents, labels = sl.encode_all(coder, images, config, device)
         for seed in given.seeds:
             changed = dataclasses.replace(config, train_steps=given.updates, seed=seed, save_every=10 ** 9, **TRAINING[row])
             folder = pathlib.Path(tempfile.mkdtemp())
-            sl.fit_denoiser(changed, latents, labels, coder, images.classes, folder, device)
+            sl.fit_denoiser(changed, images, coder, folder / "checkpoint.pt", device)
             sampling = SAMPLING if row == "default" else dict(list(SAMPLING.items())[:4])
             for name, (share, distance) in judge_run(judge, folder, 600, sampling).items():
                 print(f"{row} | seed {seed} | {name} | {distance:.4f} | {share:.3f}", flush=True)

@@ -31,7 +31,7 @@ UPDATES = 30
 FLAGS = (f"--dataset folder --image-size 16 --patch-size 8 --latent-channels 8 --autoencoder-width 32 "
          f"--autoencoder-depth 1 --autoencoder-steps {UPDATES} --train-steps {UPDATES} --batch-size 16 "
          f"--eval-samples 48 --save-every {SAVE_EVERY} --device cpu").split()
-STAGES = {"load_images": "reading images", "fit_autoencoder": "autoencoder", "encode_all": "encoding",
+STAGES = {"load_images": "reading images", "fit_autoencoder": "autoencoder", "latent_reader": "encoding",
           "fit_denoiser": "denoiser", "save_checkpoint": "checkpoint write", "evaluate_run": "evaluation",
           "sample_figure": "pictures", "reconstruction_figure": "pictures", "loss_figure": "pictures"}
 
@@ -154,7 +154,7 @@ def one_kill(number, folder, words, moment, unbroken):
     lost = max(0, done - saved if held == part else done)            # 0: the last update was saved already
     code, how = wait(start(["train", "--resume", folder, "--device", "cpu"], status, log), status, []), "resumed"
     if held is None:
-        how = "started anew" if code == 2 and "started again" in log.read_text(errors="replace") else f"WRONG {code}"
+        how = "started anew" if code == 2 and "start again" in log.read_text(errors="replace") else f"WRONG {code}"
         code = wait(start([*words, "--out", folder], status, log), status, [])
     same, files = equal(folder, unbroken) if code == 0 else (False, False)
     good = same and files and lost <= SAVE_EVERY and not how.startswith("WRONG")

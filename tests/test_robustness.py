@@ -25,6 +25,7 @@ from conftest import ROOT
 from hypothesis import example, given, settings, strategies as st
 from PIL import Image
 
+import extras
 import sphere_latent as sl
 
 TINY = ("--image-size 16 --patch-size 8 --latent-channels 8 --autoencoder-width 32 --autoencoder-depth 1 "
@@ -212,7 +213,7 @@ def test_killed_before_the_first_checkpoint_the_same_command_begins_again(made, 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "replace", die)
         command("train", *made[2], "--out", out)
-    assert "started again" in refused(capsys, "train", "--resume", out)
+    assert "start again" in refused(capsys, "train", "--resume", out)
     assert command("train", *made[2], "--out", out) == 0 and same(out, made[1])
 
 
@@ -222,7 +223,7 @@ def test_an_old_part_file_is_in_nobodys_way(copy, made):
     assert command("train", "--resume", copy, "--device", "cpu") == 0 and same(copy, made[1])
 
 
-@pytest.mark.parametrize("name", ["load_images", "encode_all", "evaluate_run", "sample_figure"])
+@pytest.mark.parametrize("name", ["load_images", "latent_reader", "evaluate_run", "sample_figure"])
 def test_ctrl_c_outside_the_training_loop_is_one_line_and_loses_nothing(made, tmp_path, monkeypatch, capsys, name):
     original = getattr(sl, name)
 
@@ -240,15 +241,15 @@ def test_ctrl_c_outside_the_training_loop_is_one_line_and_loses_nothing(made, tm
 
 
 def test_the_readers_threads_make_no_difference(made, monkeypatch):
-    results, pool, original = [], sl.ThreadPoolExecutor, sl.open_image
+    results, pool, original = [], extras.ThreadPoolExecutor, extras.open_image
     delays = np.random.default_rng(0).uniform(0, 0.01, 100).tolist()
 
     def late(*arguments):
         time.sleep(delays.pop())
         return original(*arguments)
-    monkeypatch.setattr(sl, "open_image", late)
+    monkeypatch.setattr(extras, "open_image", late)
     for workers in (1, 7):
-        monkeypatch.setattr(sl, "ThreadPoolExecutor", lambda *a, n=workers, **k: pool(n))
+        monkeypatch.setattr(extras, "ThreadPoolExecutor", lambda *a, n=workers, **k: pool(n))
         results.append(sl.load_images(folder_config(made[0]), "train"))
     a, b = results
     assert torch.equal(a.pixels, b.pixels) and torch.equal(a.labels, b.labels) and a.classes == b.classes == ["a", "b"]
@@ -544,6 +545,7 @@ def elsewhere(tmp_path_factory):
             "              ['train', *flags, '--data-dir', root + '/photos', '--out', out], [*sample, '0', name],\n"
             "              [*sample, 'weed'], ['reconstruct', '--checkpoint', out]):\n"
             "    sys.argv[1:] = words\n"
+            "    [sys.modules.pop(old, 0) for old in ('sphere_latent', 'extras')]\n"
             "    try: runpy.run_path(script, run_name='__main__')\n"
             "    except SystemExit as leave: codes.append(leave.code)\n"
             "    if len(codes) == 1: more = peak() - before\n"

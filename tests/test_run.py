@@ -117,7 +117,7 @@ def test_killed_before_the_first_checkpoint_the_same_command_begins_again(run, t
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.json").write_text((run / "config.json").read_text())
-    assert "started again" in refused(capsys, "train", "--resume", out)       # no silent fresh start
+    assert "start again" in refused(capsys, "train", "--resume", out)       # no silent fresh start
     assert command("train", *SMALL, "--out", out) == 0 and same(run, out)
 
 
@@ -137,7 +137,7 @@ def test_out_cannot_hit_a_checkpoint(run, capsys):
 
 
 def test_resume_of_nothing_or_of_damage_is_an_error(run, tmp_path, capsys):
-    assert "no checkpoint in it" in refused(capsys, "train", "--resume", tmp_path)
+    assert "no checkpoint in" in refused(capsys, "train", "--resume", tmp_path)
     half = (run / "checkpoint.pt").read_bytes()[:5000]
     (tmp_path / "checkpoint.pt").write_bytes(half)
     assert "checkpoint.pt is no checkpoint" in refused(capsys, "train", "--resume", tmp_path)
