@@ -1,14 +1,20 @@
 """Where the time of a training step goes: images per second of the denoiser, one change at a time, and a profile.
 
     python tests/speed.py
+    python tests/speed.py --paper B --batch-size 8                       the paper's sizes, random weights
+    python tests/speed.py --paper XL --batch-size 256 --device cuda --compile --peak 989
 """
+import argparse
 import contextlib
+import dataclasses
 import pathlib
+import resource
 import sys
 import time
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import sphere_latent as sl  # noqa: E402
@@ -50,7 +56,72 @@ def milliseconds(step, count=40):
     return (time.time() - began) / count * 1e3
 
 
+def seconds(step, device, count):
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    step()
+    wait()
+    began = time.time()
+    for _ in range(count):
+        step()
+    wait()
+    return (time.time() - began) / count
+
+
+def paper(size, batch, name, compile, count, peak):
+    """A training step and 4-step samples at the paper's sizes: 256 tokens of 768 channels, 1,000 classes, and RAE's decoder."""
+    config, device = dataclasses.replace(sl.Config(), model_size=size, batch_size=batch), sl.resolve_device(name)
+    torch.manual_seed(0)
+    denoiser = sl.denoiser_for(config, (256, 768), 1000).to(device)
+    optimiser = torch.optim.Adam(denoiser.parameters(), 1e-4, fused=True)
+    network = torch.compile(denoiser) if compile else denoiser
+    z, e = torch.randn(2, batch, 256, 768, device=device)
+    labels = torch.randint(1000, (batch,), device=device)
+
+    def loss():
+        angles = (alpha.to(device) for alpha in sl.sample_angles(batch, config))
+        with sl.autocast(device):
+            return sl.sphere_losses(network, sl.spherify, sl.spherify(z), z, labels, e, *angles, config)["total"]
+
+    def step():
+        optimiser.zero_grad()
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimiser.step()
+    took = seconds(step, device, count)
+    with FlopCounterMode(display=False) as counter:
+        denoiser(torch.cat([z, e]), labels.repeat(2)).sum().backward()
+    rate = counter.get_total_flops() / took / 1e12
+    share = f", {100 * rate / peak:.0f}% of {peak:g}" if peak else ""
+    print(f"SiT-{size}/1, training, batch {batch}: {took:.3f} s an update, {batch / took:.1f} images/s, {rate:.2f} TFLOP/s{share}")
+    if device.type == "cuda":
+        print(f"memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
+    else:
+        print(f"memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB")
+    del optimiser
+    denoiser.zero_grad()
+    rae = sl.RAE(pretrained=False).to(device)
+
+    def draw(n):
+        with sl.autocast(device), torch.no_grad():
+            rae.decode(sl.sample(denoiser.eval(), labels.repeat(n)[:n], 4, 1.5))
+    for n in (1, 64, 256) if device.type == "cuda" else (1, batch):
+        took = seconds(lambda: draw(n), device, count)
+        print(f"4 steps, guidance, RAE's decoder, {n} at a time: {took:.3f} s, {n / took:.2f} images/s")
+
+
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--paper", choices=[*sl.MODEL_SIZES], help="measure the paper's sizes, not the default's")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--count", type=int, default=3)
+    parser.add_argument("--peak", type=float, help="bf16 TFLOP/s the card promises")
+    given = parser.parse_args()
+    if given.paper:
+        return paper(given.paper, given.batch_size, given.device, given.compile, given.count, given.peak)
     config, bf16, plain = sl.Config(), sl.autocast, sl.Block.attention
     step = make_step(config)
     for round in range(2):                                           # in turns: the machine drifts
