@@ -7,13 +7,14 @@
   VGGDistance      the perceptual loss of Sphere Encoder
   latents_on_disk  latents too many for memory
   slerp            the way from one point of the sphere to another
+  add_commands     reconstruct and edit; side_by_side is for evaluate with several runs
 
 sphere_latent.py opens this file when a command first needs it. Weights come from where they were
 published, through the usual caches, or from a folder in which they were placed by hand. Each
 network can be built without them.
 
 Contents: 1 Images, 2 Weights that others published, 3 RAE, 4 Networks that look at images,
-5 FID, 6 Latents on disk, 7 On the sphere.
+5 FID, 6 Latents on disk, 7 On the sphere, 8 Further commands.
 
     B batch   N tokens   C channels of a token   D width   H heads   K = D / H
 """
@@ -24,6 +25,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,16 +35,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from sphere_latent import (PART, RANK, Images, UserError, autocast, explained, frechet_distance,
-                           load_images, refuse, sample_batches, spherify, summed, write_table)
+from sphere_latent import (PART, RANK, SHARES, Images, UserError, autocast, explained,
+                           frechet_distance, gaussian, load_images, load_run, noisy_spherify,
+                           open_checkpoint, picture, reconstruction_figure, refuse,
+                           resolve_device, sample, sample_batches, sample_images, seeded_noise,
+                           spherify, summed, write_table)
 
 IMAGENET = torch.tensor([[.485, .456, .406], [.229, .224, .225]]).view(2, 3, 1, 1)   # mean, std
 
 # --------------------------------------------------------------------------------------------------
 # 1. Images
 # --------------------------------------------------------------------------------------------------
+
+IN_MEMORY = 8e9                                              # bytes of pixels; more stay in files
+
 
 class ImageFiles:
     """In the place of pixels that are too many for memory: [numbers] reads those files."""
@@ -51,7 +60,11 @@ class ImageFiles:
         self.paths, self.size, self.pool = paths, size, ThreadPoolExecutor()
 
     def __getitem__(self, chosen):
-        return torch.stack([*self.pool.map(lambda i: open_image(self.paths[i], self.size), chosen)])
+        return torch.stack([*self.pool.map(self.read, chosen)])              # [B, 3, size, size]
+
+    def read(self, number):
+        with explained(f"{self.paths[number]} cannot be read: delete it, and start anew"):
+            return open_image(self.paths[number], self.size)
 
 
 def open_image(path, size):
@@ -79,7 +92,7 @@ def read_images(paths, labels, classes, size):
 
     More than 8 GB are not read now, but when they are asked for.
     """
-    if 3 * size ** 2 * len(paths) > 8e9:
+    if 3 * size ** 2 * len(paths) > IN_MEMORY:
         return Images(ImageFiles(paths, size), labels, classes)
 
     def read(path):
@@ -96,8 +109,8 @@ def read_images(paths, labels, classes, size):
 
 
 SOURCES = {"cifar10": "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html",
-           "flowers": "102flowers.tgz, unpacked, imagelabels.mat and setid.mat, as flowers-102, of "
-                      "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
+           "flowers": "a folder flowers-102 of jpg (102flowers.tgz, unpacked), imagelabels.mat and "
+                      "setid.mat, all of https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
            "animal-faces": "AFHQ of https://github.com/clovaai/stargan-v2, with train and val",
            "imagenet": "ImageNet-1K of https://image-net.org, with train and val, a folder a class"}
 
@@ -118,6 +131,8 @@ def found_images(config, split):
     train and val. flowers is the exception: as in the papers, all 8,189 are learned and tested on.
     """
     in_test, root = {"train": False, "test": True}[split], pathlib.Path(config.data_dir or "data")
+    if config.features == "inception" and not in_test:       # a lack is said before the training
+        published(INCEPTION, config.weights_dir)
     needs = (f"put {SOURCES.get(config.dataset)}, into {root}, or name its place with --data-dir; "
              f"train without flags needs none of it")
     if config.dataset == "cifar10":
@@ -193,12 +208,13 @@ def published(source, folder="", instead=""):
             if not path.is_file():
                 torch.hub.download_url_to_file(f"{site}/{name}", str(path), hash_prefix=digest)
         with open(path, "rb") as file:
-            if not hashlib.sha256(file.read()).hexdigest().startswith(digest):
+            if digest and not hashlib.sha256(file.read()).hexdigest().startswith(digest):
                 raise ValueError(f"{path} is damaged: its SHA-256 does not begin with {digest}")
         return path
     except Exception as error:
-        raise Missing(f"no {name} of {site} ({type(error).__name__}: {str(error)[:200]}): put it "
-                      f"as {path.name} in a folder and add --weights-dir FOLDER{instead}") from None
+        raise Missing(f"no {name} of {site}{folder and f', nor in {folder}'} "
+                      f"({type(error).__name__}: {str(error)[:200]}): put it as {path.name} in a "
+                      f"folder and add --weights-dir FOLDER{instead}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,22 +234,26 @@ class RAE(nn.Module):
     def __init__(self, weights_dir="", pretrained=True):
         super().__init__()
         import timm
-        files, moments = [None] * 3, {"mean": torch.zeros(768, 1), "var": torch.ones(768, 1)}
+        files, moments = [""] * 3, {"mean": torch.zeros(768, 1), "var": torch.ones(768, 1)}
         options = {"map_location": "cpu", "weights_only": True}
         if pretrained:
             instead = ", or run without it: --autoencoder tiny --image-size 64"
             files = [published(source, weights_dir, instead)
                      for source in (ENCODER, DECODER, STATISTICS)]
-        self.encoder = timm.create_model(
-            "vit_base_patch14_reg4_dinov2.lvd142m", pretrained, num_classes=0, img_size=224,
-            pretrained_cfg_overlay={"file": files[0] and str(files[0])})
+        with explained(f"{files[0]} is no DINOv2 of timm, or damaged"):
+            self.encoder = timm.create_model(
+                "vit_base_patch14_reg4_dinov2.lvd142m", pretrained, num_classes=0, img_size=224,
+                pretrained_cfg_overlay={"file": str(files[0])})              # resamples positions
         self.encoder.norm = nn.LayerNorm(768, eps=1e-6, elementwise_affine=False)
         self.decoder = RAEDecoder()
         if pretrained:
-            self.decoder.load_state_dict(torch.load(files[1], **options))
-            moments = torch.load(files[2], **options)
-        for name, moment in moments.items():                 # [C, side, side] or [C, 1]
-            self.register_buffer("latent_" + name, moment.flatten(1).T.float())
+            with explained(f"{files[1]} is no decoder of RAE, or damaged"):
+                self.decoder.load_state_dict(torch.load(files[1], **options))
+            with explained(f"{files[2]} is no statistics of RAE, or damaged"):
+                found = torch.load(files[2], **options)      # [C, side, side] each
+                moments = {name: found[name].reshape(768, 256).float() for name in moments}
+        for name, moment in moments.items():
+            self.register_buffer("latent_" + name, moment.T)                 # [N, C] or [1, C]
         self.eval().requires_grad_(False)
 
     def encode(self, images):
@@ -374,6 +394,8 @@ class VGGDistance(nn.Module):
 
 def perceptual_distance(config, device):
     """-> VGGDistance with the published weights; None, and a word on it, if there are none."""
+    if not config.perceptual_weight:
+        return None
     try:
         return VGGDistance(published(VGG, config.weights_dir)).to(device)
     except Missing as error:
@@ -390,16 +412,16 @@ def statistics(inception, batches, device):
     Of several processes each sees its own batches. Pixels are rounded to 8 bits, as in files. The
     score is over all images at once, from logits without the bias, as in the original.
     """
-    total = torch.zeros(2048 + 2048 ** 2 + 1008 + 2, dtype=torch.double)
-    for x in batches:
-        with torch.no_grad():
+    sums = [torch.zeros(shape).double() for shape in (2048, (2048, 2048), 1008, 1, 1)]
+    for x in batches:                                        # what makes them may run in bf16
+        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
             f, logits = (y.cpu().double() for y in inception((255 * x.to(device)).round() / 255))
         p = (logits - inception.fc.bias.cpu()).softmax(1)
-        entropy = torch.special.entr(p).sum()
-        parts = f.sum(0), f.T @ f, p.sum(0), entropy, torch.tensor(len(x))
-        total += torch.cat([part.flatten() for part in parts])
-    first, second, p, entropy, n = summed(total).split([2048, 2048 ** 2, 1008, 1, 1])
-    covariance = (second.view(2048, 2048) - first[:, None] * first / n) / (n - 1)
+        parts = f.sum(0), f.T @ f, p.sum(0), torch.special.entr(p).sum(), len(x)
+        for total, part in zip(sums, parts):
+            total += part
+    first, second, p, entropy, n = map(summed, sums)
+    covariance = (second - first[:, None] * first / n) / (n - 1)
     return (first / n, covariance), float((torch.special.entr(p / n).sum() - entropy / n).exp())
 
 
@@ -407,24 +429,34 @@ def inception_and_reference(config, folder, device):
     """-> InceptionFID, (mean, covariance) of the real images, in words what these are.
 
     From the .npz config.reference with mu and sigma, or of the training images: computed once, kept
-    in reference.npz of the run folder.
+    in reference.npz of the folder, and computed anew where that is of other images.
     """
     inception = InceptionFID(published(INCEPTION, config.weights_dir)).to(device)
     path = pathlib.Path(config.reference or folder / "reference.npz")
-    if not (config.reference or path.exists()):
+    of = f"{config.dataset}, {config.image_size} px"
+    of += config.data_dir and f", {os.path.abspath(config.data_dir)}"
+
+    def read():
+        with explained(f"{path} has no mu and sigma of Inception features: "
+                       f"{'name another' if config.reference else 'delete it'}"):
+            file = dict(np.load(path))
+            refuse((*file["mu"].shape, *file["sigma"].shape) != (2048,) * 3, "wrong shape")
+            return file
+    file = read() if config.reference or path.exists() else {}
+    if not config.reference and file.get("of") != of:
         images = load_images(config, "train")
         turns = tqdm(torch.arange(len(images)).split(100)[PART], "real features")
         batches = (images.pixels[chosen] / 255 for chosen in turns)
         (mean, covariance), _ = statistics(inception, batches, device)
         if not RANK:
-            np.savez(path, mu=mean, sigma=covariance, n=len(images))
+            part = path.with_name("reference.part.npz")      # then renamed: never half a file
+            np.savez(part, mu=mean, sigma=covariance, n=len(images), of=of)
+            os.replace(part, path)
         summed(torch.zeros(1))
-    with explained(f"{path} has no mu and sigma of Inception features"):
-        file = np.load(path)
-        reference = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
-        refuse(reference[1].shape != (2048, 2048), "wrong shape")
-    images = f"{int(file['n'])} training images" if "n" in file else "an unknown number"
-    return inception, reference, f"{path} ({images} of {config.dataset})"
+        file = read()
+    images = f"{file['n']} training images of {file['of']}" if "of" in file else (
+        "an unknown number of images")
+    return inception, (file["mu"], file["sigma"]), f"{path} ({images})"
 
 
 def evaluate_fid(config, autoencoder, denoiser, path):
@@ -435,7 +467,9 @@ def evaluate_fid(config, autoencoder, denoiser, path):
     print(f"against {words}, CFG {config.cfg_scale:g}:" + few(labels))
     for steps in (1, 2, 4, 6):
         each = dataclasses.replace(config, steps=steps)
-        batches = (x for _, x in sample_batches(denoiser, autoencoder, labels, each))
+        turns = tqdm(sample_batches(denoiser, autoencoder, labels, each), "samples",
+                     len(labels.split(100)[PART]), leave=False)
+        batches = (x for _, x in turns)
         moments, score = statistics(inception, batches, device)
         rows.append((steps, frechet_distance(*moments, *reference), score))
         print(f"  steps: {steps}   Fréchet distance FID-{len(labels)} {rows[-1][1]:.4f}   "
@@ -444,16 +478,26 @@ def evaluate_fid(config, autoencoder, denoiser, path):
 
 
 def reconstruction_fid(config, autoencoder, images, folder):
-    """Print the rFID: that of the held-out images after encoding and decoding."""
+    """Print the rFID: held-out images after encoding and decoding, against the same ones before.
+
+    With config.reference: against that.
+    """
     device = autoencoder.latent_mean.device
-    inception, reference, words = inception_and_reference(config, folder, device)
     chosen = torch.arange(min(len(images), config.eval_samples))
 
-    def rebuilt():
-        for i in tqdm(chosen.split(100)[PART], "rebuilding"):
-            with torch.no_grad(), autocast(device):
-                yield autoencoder.decode(autoencoder.encode(images.pixels[i].to(device) / 255))
-    moments, _ = statistics(inception, rebuilt(), device)
+    def batches(rebuild):
+        for i in tqdm(chosen.split(100)[PART], "rebuilt features" if rebuild else "real features"):
+            x = images.pixels[i].to(device) / 255
+            if rebuild:
+                with torch.no_grad(), autocast(device):
+                    x = autoencoder.decode(autoencoder.encode(x))
+            yield x
+    if config.reference:
+        inception, reference, words = inception_and_reference(config, folder, device)
+    else:
+        inception = InceptionFID(published(INCEPTION, config.weights_dir)).to(device)
+        reference, words = statistics(inception, batches(False), device)[0], "the images themselves"
+    moments, _ = statistics(inception, batches(True), device)
     print(f"Fréchet distance rFID-{len(chosen)} {frechet_distance(*moments, *reference):.4f} "
           f"against {words}" + few(chosen))
 
@@ -473,11 +517,14 @@ def latents_on_disk(path, shape, encode, device):
     """-> a function from numbers [B] to latents [B, N, C]: those of encode, kept in a file.
 
     Half precision, written once, shape [n, N, C]. A file that is half written is completed; one of
-    other images or of another autoencoder (its shape or its first latent differ) is refused. Where
-    the disk has no room, encode itself is returned: it runs in every update.
+    other images or of another autoencoder (its shape or some of its latents differ) is refused.
+    Where the disk has no room, encode itself is returned: it runs in every update.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     size, free = 2 * math.prod(shape), shutil.disk_usage(path.parent).free
-    if not path.exists() and size > 0.9 * free:
+    # a new file has its size at once, but takes room only as it is filled
+    there = 512 * getattr(path.stat(), "st_blocks", math.inf) if path.exists() else 0
+    if summed(torch.tensor([float(size - there > 0.9 * free)])):             # all do the same
         print(f"no room for {path}: {size / 1e9:.1f} GB of latents, {free / 1e9:.1f} GB free. The "
               f"autoencoder will run in every update, which is slower")
         return encode
@@ -487,13 +534,23 @@ def latents_on_disk(path, shape, encode, device):
     summed(torch.zeros(1))
     with explained(f"{path} is no file of latents: delete it, or name another with --latents"):
         data = np.load(path, mmap_mode="r+")
-    first = encode(torch.tensor([0]))[0].cpu().numpy()
-    other = data.shape != shape or data[0].any() and np.abs(data[0] - first).mean() > 0.1
+        refuse(data.dtype != np.float16, "not in half precision")
+
+    def written(rows):                                       # a new file holds zeros
+        return data[rows].any(2).all(1)                      # [B]
+    some = torch.linspace(0, shape[0] - 1, 4).long()
+    other = data.shape != shape
+    if not other:
+        apart = np.abs(data[some] - encode(some).cpu().numpy()).mean((1, 2))
+        other = (apart[written(some)] > 0.1).any()
     refuse(other, f"{path} holds latents of other images or of another autoencoder: delete it, or "
                   f"name another with --latents")
     for chosen in tqdm(torch.arange(len(data)).split(256)[PART], "encoding"):
-        if not data[chosen[-1]].any():                       # not there yet
-            data[chosen] = encode(chosen).half().cpu()
+        if not written(chosen[[0, -1]]).all():
+            z = encode(chosen).half().cpu()
+            data[chosen[:-1]] = z[:-1]
+            data.flush()                                     # the last one, which tells that all
+            data[chosen[-1]] = z[-1]                         # are there, reaches the disk last
     data.flush()
     summed(torch.zeros(1))
     return lambda chosen: torch.from_numpy(data[chosen.numpy()]).to(device).float()
@@ -516,3 +573,125 @@ def slerp(a, b, t):
         -1, *[1] * (a.dim() - 1)) for x in (t, angle_between(a, b)))
     arc = ((1 - t) * omega).sin() * a + (t * omega).sin() * b
     return spherify(torch.where(omega < 1e-3, torch.lerp(a, b, t), arc))
+
+# --------------------------------------------------------------------------------------------------
+# 8. Further commands
+# --------------------------------------------------------------------------------------------------
+
+def add_commands(add):
+    """Add reconstruct and edit to the command line -> their parsers."""
+    rebuild = add(reconstruct_command,
+                  "eval_samples data_dir weights_dir features reference device".split())
+    change = add(edit_command, "steps cfg_scale cfg_position tilt tilt_schedule fresh_noise seed "
+                               "weights_dir device".split())
+    two = {"nargs": 2, "metavar": ("A", "B")}
+    change.add_argument("--between", **two, help="walk from A to B: image files, or seeds")
+    change.add_argument("--image", nargs=1, metavar="A", help="make something else of A")
+    change.add_argument("--crossover", **two, help="left half of A, right half of B")
+    change.add_argument("--to", metavar="CLASS", help="class to denoise as (default: no class)")
+    return rebuild, change
+
+
+def reconstruct_command(given):
+    """Show held-out images beside what the autoencoder (of them alone, without labels) makes."""
+    config, autoencoder, _, out = open_checkpoint(given, "reconstructions.png")
+    images = load_images(config, "test")
+    psnr = reconstruction_figure(autoencoder, images, out)
+    print(f"{out}: PSNR {psnr:.2f} dB on held-out images")
+    if config.features == "inception":
+        reconstruction_fid(config, autoencoder, images, out.parent)
+
+
+@torch.no_grad()
+def edit_command(given):
+    """Walk from one image to another, give an image another class, or cross two images.
+
+    A point of the sphere is tilted into noise and denoised. That of a seed is noise already.
+    """
+    modes = {mode: given.pop(mode) for mode in ("between", "image", "crossover") if mode in given}
+    refuse(len(modes) != 1, "edit needs one of --between A B, --image A and --crossover A B")
+    (mode, words), = modes.items()
+    to, seeds = given.pop("to", None), all(word.isdecimal() for word in words)
+    given.setdefault("tilt", 90.0 if seeds else 40.0)
+    config, autoencoder, denoiser, out = open_checkpoint(given, "edited.png")
+    shape, label = autoencoder.latent_shape, denoiser.num_classes
+    device = next(denoiser.parameters()).device
+    names = [*denoiser.classes, *map(str, range(label))]     # a class may be called by its number
+    with explained(f"--to {to}: choose from {', '.join(denoiser.classes)}"):
+        label = label if to is None else names.index(to) % label
+
+    def point(word):
+        if word.isdecimal():
+            return spherify(seeded_noise(1, shape, int(word))[0]).to(device)
+        with explained(f"--{mode} {word}: neither a seed nor an image file"):
+            x = open_image(word, config.image_size)[None].to(device) / 255
+        return spherify(autoencoder.encode(x))
+    points = torch.cat([point(word) for word in words])                      # [1 or 2, N, C]
+    if mode == "between":
+        t = torch.linspace(0, 1, 9)
+        points = slerp(*(end.expand(9, *shape) for end in points), t)
+        words = [f"{x:.2f}" for x in t]
+    elif mode == "crossover":
+        side = math.isqrt(shape[0])
+        left = (torch.arange(shape[0], device=device) % side < side / 2)[:, None]
+        words = [*words, "half of each"]
+        points = torch.cat([points, torch.where(left, *points)[None]])
+    # the same noise for all points: what differs in the pictures is the way alone
+    noise = seeded_noise(1, shape, config.seed, config.steps if config.fresh_noise else 1)
+    noise = noise.to(device).expand(config.steps, len(points), *shape).clone()
+    alpha = math.radians(config.tilt)
+    noise[0] = points if seeds else noisy_spherify(points, noise[0], alpha)
+    labels = torch.full((len(points),), label, device=device)
+    z = sample(denoiser, labels, config.steps, config.cfg_scale, alpha, config.tilt_schedule,
+               sphere=config.spherify, noise=noise, share=SHARES[config.cfg_position])
+    made = z.clamp(0, 1) if z.dim() == 4 else autoencoder.decode(z)
+    rows = [x.cpu() for x in (autoencoder.decode(points), autoencoder.decode(noise[0]), made)]
+    tilted = "random" if seeds else f"tilted by\n{config.tilt:g} degrees"
+    picture(out, rows, ["input", tilted, f"as {to}" if to else "denoised"], words)
+    if mode == "between":
+        frames = [Image.fromarray((255 * x).byte().permute(1, 2, 0).numpy()) for x in made.cpu()]
+        frames[0].save(out.with_suffix(".gif"), save_all=True, append_images=frames[1:],
+                       duration=150, loop=0)
+    print(out)
+
+
+def side_by_side(paths, given):
+    """Print a table of several runs and leave a figure, samples from the same noise.
+
+    Parameters; FLOPs of an image (2 a multiply-add) and milliseconds of an image (50 at a time, the
+    runs in turns, the best of three), decoding included; Fréchet distance in features of fixed
+    random weights, learned from nothing: they are no nearer to one run than to another.
+    """
+    out = pathlib.Path(given.pop("out", "side_by_side.png"))
+    refuse(out.suffix != ".png" or out.is_dir(), f"--out {out}: not a file that ends in .png")
+    given["device"] = resolve_device(given.get("device", "auto"))
+    jobs, sheets, kinds = {}, {}, set()
+    for path in paths:
+        config, autoencoder, denoiser = load_run(path, **given)
+        kinds.add((config.dataset, config.data_dir, config.image_size, *denoiser.classes))
+        for steps in (1, 2, 4, 6):
+            each = dataclasses.replace(config, steps=steps)
+            jobs[path, steps] = (denoiser, autoencoder, each), []
+    refuse(len(kinds) > 1, "these runs have not learned the same images")
+    real = load_images(config, "test")
+    reference, labels = gaussian(real.pixels / 255), torch.arange(config.eval_samples)
+    labels = labels % denoiser.num_classes
+    for _ in range(3):
+        for (denoiser, autoencoder, each), seconds in jobs.values():
+            began = time.perf_counter()
+            sample_images(denoiser, autoencoder, labels[:50], each)
+            seconds.append((time.perf_counter() - began) / len(labels[:50]))
+    print(f"{len(labels)} samples, {len(real)} held-out images; Fréchet distance in features of an "
+          f"untrained network, in units of the real variance:")
+    print(f"{'run':24} steps   CFG  parameters    GFLOPs        ms  Fréchet distance")
+    for (path, steps), ((denoiser, autoencoder, each), seconds) in jobs.items():
+        with FlopCounterMode(display=False) as counter:
+            sample_images(denoiser, autoencoder, labels[:1], each)
+        images = sample_images(denoiser, autoencoder, labels, each)
+        distance = frechet_distance(*gaussian(images), *reference) / float(reference[1].trace())
+        size = sum(p.numel() for model in {autoencoder, denoiser} for p in model.parameters())
+        print(f"{path:24} {steps:5} {each.cfg_scale:5g} {size:11,} "
+              f"{counter.get_total_flops() / 1e9:9.3f} {1000 * min(seconds):9.2f} {distance:17.4f}")
+        sheets[f"{pathlib.Path(path).name}: {steps}"] = images[:12]
+    picture(out, [*sheets.values()], [*sheets], [denoiser.classes[y] for y in labels[:12]])
+    print(out)

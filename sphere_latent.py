@@ -805,8 +805,8 @@ def train(config):
                            load_autoencoder(config.autoencoder, config).to(device))
         denoiser = fit_denoiser(config, images, autoencoder, folder / "checkpoint.pt", device)
         for name in ("autoencoder.pt", "latents.npy"):       # checkpoint.pt holds what is needed
-            (folder / name).unlink(missing_ok=True)
-        loss_figure(folder / "checkpoint.pt")
+            RANK or (folder / name).unlink(missing_ok=True)
+        RANK or loss_figure(folder / "checkpoint.pt")
         autoencoder = autoencoder or denoiser
         reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
         evaluate_run(config, autoencoder, denoiser, folder / "frechet.csv", held_out)
@@ -848,6 +848,9 @@ def open_run(config):
 # --------------------------------------------------------------------------------------------------
 # 8. Sampling
 # --------------------------------------------------------------------------------------------------
+
+SHARES = {"encoder": 1.0, "decoder": 0.0, "both": 0.5}       # --cfg-position: the encoder's part
+
 
 def guided(network, x, labels, null, scale):
     """Classifier-free guidance: network(x, labels), pushed away from what the null label gives."""
@@ -901,13 +904,12 @@ def sample_batches(denoiser, autoencoder, labels, config, batch=100):
     several processes each draws its part.
     """
     device, draws = next(denoiser.parameters()).device, config.steps if config.fresh_noise else 1
-    share = {"encoder": 1.0, "decoder": 0.0, "both": 0.5}[config.cfg_position]
     for chosen in torch.arange(len(labels)).split(batch)[PART]:
         e = seeded_noise(len(chosen), autoencoder.latent_shape, config.seed, draws, int(chosen[0]))
         with autocast(device):
             z = sample(denoiser, labels[chosen].to(device), config.steps, config.cfg_scale, noise=e,
                        angle=math.radians(config.tilt), schedule=config.tilt_schedule,
-                       sphere=config.spherify, share=share)
+                       sphere=config.spherify, share=SHARES[config.cfg_position])
             yield chosen, (z.clamp(0, 1) if z.dim() == 4 else autoencoder.decode(z)).cpu()
 
 
@@ -956,8 +958,9 @@ def untrained_features(images, widths=(3, 32, 64, 128, 128)):
 
 
 def gaussian(images):
-    """Mean and covariance of the features of images [n, 3, H, W]."""
-    features = torch.cat([untrained_features(x) for x in images.split(100)]).double()
+    """Mean and covariance of the features of images [n, 3, H, W], or of batches of them."""
+    batches = images.split(100) if torch.is_tensor(images) else images
+    features = torch.cat([untrained_features(x) for x in batches]).double()
     return features.mean(0), torch.cov(features.T)
 
 
@@ -967,10 +970,10 @@ def evaluate_run(config, autoencoder, denoiser, path, real=None):
         return extras().evaluate_fid(config, autoencoder, denoiser, path)
     labels = torch.arange(config.eval_samples) % denoiser.num_classes
     real, found = real or load_images(config, "test"), {}
-    reference = gaussian(real.pixels / 255)
+    reference = gaussian(real.pixels[i] / 255 for i in torch.arange(len(real)).split(100))
     unit = reference[1].trace().clamp(min=1e-9).item()       # images that are all the same have 0
-    print(f"Fréchet distance in features of an untrained network, in units of real variance, "
-          f"{len(labels)} samples against {len(real)} held-out images, CFG {config.cfg_scale:g}:")
+    print(f"{len(labels)} samples, {len(real)} held-out images, CFG {config.cfg_scale:g}; features"
+          f" of an untrained network, in units of the real variance:")
     for steps, images in at_each_step_count(denoiser, autoencoder, labels, config).items():
         found[steps] = frechet_distance(*gaussian(images), *reference) / unit
         print(f"  steps: {steps}   Fréchet distance {found[steps]:.4f}")
@@ -1023,7 +1026,7 @@ def loss_figure(path):
     axes.plot([row[0] for row in rows], [row[1:4] for row in rows], label=names[1:4], lw=1)
     axes.set(xlabel="updates", ylabel="loss, unweighted", yscale="log")
     axes.legend(fontsize=8)
-    RANK or figure.savefig(path.with_name("loss.png"), bbox_inches="tight")
+    figure.savefig(path.with_name("loss.png"), bbox_inches="tight")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1088,17 +1091,11 @@ def sample_command(given):
 
 
 def evaluate_command(given):
-    """Fréchet distance of a checkpoint's samples to held-out images, at 1, 2, 4 and 6 steps."""
+    """Fréchet distance of samples to real images at 1, 2, 4 and 6 steps; several runs: a table."""
+    given["checkpoint"], *others = given["checkpoint"]
+    if others:
+        return extras().side_by_side([given.pop("checkpoint"), *others], given)
     evaluate_run(*open_checkpoint(given, "frechet.csv"))
-
-
-def reconstruct_command(given):
-    """Show held-out images beside what the autoencoder (of them alone, without labels) makes."""
-    config, autoencoder, _, out = open_checkpoint(given, "reconstructions.png")
-    images = load_images(config, "test")
-    print(f"{out}: PSNR {reconstruction_figure(autoencoder, images, out):.2f} dB, held-out images")
-    if config.features == "inception":
-        extras().reconstruction_fid(config, autoencoder, images, out.parent)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1123,15 +1120,17 @@ def build_parser():
         command.set_defaults(function=function)
         return command
 
-    sampling = "cfg_scale cfg_position tilt tilt_schedule fresh_noise seed".split()
+    sampling = "cfg_scale cfg_position tilt tilt_schedule fresh_noise seed weights_dir device"
     add(train_command, fields)
-    draw = add(sample_command, ["steps", *sampling, "weights_dir", "device"])
+    draw, more = add(sample_command, ["steps", *sampling.split()]), ()
     draw.add_argument("--classes", nargs="+", help="names or numbers of classes (default: all)")
     draw.add_argument("--count", type=int, help="images of each class (default: 8)")
-    real = "eval_samples data_dir weights_dir features reference device".split()
-    measure = add(evaluate_command, [*real, *sampling])
-    for command in (draw, measure, add(reconstruct_command, real)):
-        command.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
+    measure = add(evaluate_command, f"eval_samples data_dir features reference {sampling}".split())
+    with contextlib.suppress(UserError):                     # without extras.py there are no more
+        more = extras().add_commands(add)
+    for command in (draw, measure, *more):
+        several = {"nargs": "+"} if command is measure else {}
+        command.add_argument("--checkpoint", required=True, help="run folder or file", **several)
         command.add_argument("--out", help="file to write (default: one in the run folder)")
     return parser
 

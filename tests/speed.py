@@ -99,7 +99,6 @@ def paper(size, batch, name, compile, count, peak):
         print(f"memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
     else:
         print(f"memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB")
-    del optimiser
     denoiser.zero_grad()
     rae = sl.RAE(pretrained=False).to(device)
 
