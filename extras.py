@@ -18,6 +18,7 @@ Contents: 1 Images, 2 Weights that others published, 3 RAE, 4 Networks that look
 
     B batch   N tokens   C channels of a token   D width   H heads   K = D / H
 """
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -124,25 +125,31 @@ PAPER_PRESETS = {"flowers": RECIPE | dict(train_steps=8000, eval_samples=51_000)
 
 
 def found_images(config, split):
-    """-> Images of one split, "train" or "test"; no image is in both. Raises UserError.
+    """-> Images of one split, "train" or "test", of any data set but the drawings."""
+    images = images_of(config, split)
+    if config.features == "inception" and split == "train":  # if absent, said before the training
+        published(INCEPTION, config.weights_dir, "; --features untrained needs none")
+    return images
+
+
+def images_of(config, split):
+    """-> Images of one split; no image is in both. Raises UserError.
 
     The class of an image in a folder is the first folder of its name; images in no folder are a
     class as well. A tenth, chosen by name, is for testing; animal-faces and imagenet have folders
     train and val. flowers is the exception: as in the papers, all 8,189 are learned and tested on.
     """
     in_test, root = {"train": False, "test": True}[split], pathlib.Path(config.data_dir or "data")
-    if config.features == "inception" and not in_test:       # a lack is said before the training
-        published(INCEPTION, config.weights_dir)
     needs = (f"put {SOURCES.get(config.dataset)}, into {root}, or name its place with --data-dir; "
              f"train without flags needs none of it")
     if config.dataset == "cifar10":
         from torchvision.datasets import CIFAR10
-        with explained(f"no CIFAR-10 in {root} and no download: {needs}"):
+        with first_alone(), explained(f"no CIFAR-10 in {root} and no download: {needs}"):
             data = CIFAR10(root, train=not in_test, download=True)
         pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)
         return Images(F.interpolate(pixels, config.image_size), data.targets, data.classes)
     if config.dataset == "flowers":
-        with explained(f"no Oxford-Flowers in {root} and no download: {needs}"):
+        with first_alone(), explained(f"no Oxford-Flowers in {root} and no download: {needs}"):
             files = flower_files(root)
         return read_images(*files, config.image_size)
     if config.dataset != "folder":
@@ -159,6 +166,14 @@ def found_images(config, split):
         chosen = sorted(chosen[:tenth] if in_test else chosen[tenth:])
     return read_images([root / names[i] for i in chosen],
                        [numbers[owners[i]] for i in chosen], classes, config.image_size)
+
+
+@contextlib.contextmanager
+def first_alone():
+    """Process 0 does what is inside before the others: it fetches, they find it there."""
+    RANK and summed(torch.zeros(1))
+    yield
+    RANK or summed(torch.zeros(1))
 
 
 def flower_files(root):

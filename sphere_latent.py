@@ -57,6 +57,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 
@@ -665,8 +666,7 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
             losses = losses_of(step)
             optimiser.zero_grad()
             (losses["total"] / WORLD).backward()
-            for weight in filter(lambda weight: weight.requires_grad, weights):
-                summed(weight.grad)
+            _ = [summed(weight.grad) for weight in weights if weight.requires_grad]
             norm = nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
             decay = min(config.ema_decay, (2 + step) / (11 + step))          # short memory at first
@@ -690,7 +690,7 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
                 on_save(average)                             # first, or a kill could lose it
                 RANK or save_checkpoint(path, state)
                 write_table(table, log)
-                if stop or asked and WORLD == 1:
+                if summed(torch.tensor(len(asked))):         # none goes on before it is written
                     raise KeyboardInterrupt(path.parent)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -972,8 +972,8 @@ def evaluate_run(config, autoencoder, denoiser, path, real=None):
     real, found = real or load_images(config, "test"), {}
     reference = gaussian(real.pixels[i] / 255 for i in torch.arange(len(real)).split(100))
     unit = reference[1].trace().clamp(min=1e-9).item()       # images that are all the same have 0
-    print(f"{len(labels)} samples, {len(real)} held-out images, CFG {config.cfg_scale:g}; features"
-          f" of an untrained network, in units of the real variance:")
+    print(f"Fréchet distance in features of an untrained network, in units of real variance, "
+          f"{len(labels)} samples against {len(real)} held-out images, CFG {config.cfg_scale:g}:")
     for steps, images in at_each_step_count(denoiser, autoencoder, labels, config).items():
         found[steps] = frechet_distance(*gaussian(images), *reference) / unit
         print(f"  steps: {steps}   Fréchet distance {found[steps]:.4f}")
@@ -1138,10 +1138,9 @@ def build_parser():
 def main(argv=None):
     """Run one command -> exit code: 0, 2 for what a person can put right, 130 for Ctrl-C."""
     try:
-        if WORLD > 1:
-            dist.init_process_group()
+        WORLD > 1 and dist.init_process_group()
         if RANK:
-            sys.stdout = sys.stderr = open(os.devnull, "w")
+            sys.stdout = sys.stderr = open(os.devnull, "w", errors="ignore")
         given = vars(build_parser().parse_args(argv))
         return given.pop("function")(given) or 0
     except SystemExit as leave:                              # --help
@@ -1154,10 +1153,11 @@ def main(argv=None):
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         text, code = "out of memory: lower --batch-size, --image-size, --model-size or --count", 2
+    time.sleep(3 * (RANK > 0))       # where all fail, 0 says so, and torchrun ends the others now
     print("sphere_latent.py:", *str(text).split(), file=sys.__stderr__ if RANK else sys.stderr)
     return code
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")        # any name, in any terminal
-    sys.exit(main())
+    sys.exit(record(main)())                                 # torchrun shows every traceback

@@ -13,9 +13,9 @@ import sphere_latent as sl
 from judge import judge_run, train_judge
 
 
-# Where the CPU does not multiply bf16, the default takes about a quarter of an hour: there, two thirds of its updates.
+# Where the CPU does not multiply bf16, the default takes about a quarter of an hour: there, half of its updates.
 UPDATES = [] if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else [
-    "--autoencoder-steps", "800", "--train-steps", "1200"]
+    "--autoencoder-steps", "600", "--train-steps", "850"]
 
 
 @pytest.mark.slow

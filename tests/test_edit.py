@@ -56,7 +56,7 @@ def test_each_way_leaves_a_picture_of_input_way_and_output(method, run, predeces
 
 def test_the_ends_of_the_way_are_the_two_images_and_no_tilt_changes_little(run, photos, tmp_path, monkeypatch):
     """The first row is what the autoencoder makes of points on the arc; tilted by nothing, the second is the first."""
-    seen, (config, autoencoder, _) = watched(monkeypatch), sl.load_run(run)
+    seen, (_, autoencoder, _) = watched(monkeypatch), sl.load_run(run)
     assert edit("--checkpoint", run, "--between", *photos, "--tilt", 0, "--out", tmp_path / "a.png") == 0
     start, tilted, _ = seen[0][0]
     torch.testing.assert_close(start, tilted, atol=1e-4, rtol=0)

@@ -591,7 +591,7 @@ def fake_flowers(root, monkeypatch, count=12):
 
 def test_flowers_are_all_three_parts_in_both_splits(tmp_path, monkeypatch, offline):
     fake_flowers(tmp_path, monkeypatch)
-    config = dataclasses.replace(sl.preset("flowers"), data_dir=str(tmp_path))
+    config = dataclasses.replace(sl.preset("flowers"), data_dir=str(tmp_path), features="untrained")
     for split in ("train", "test"):
         images = sl.load_images(config, split)
         assert len(images) == 12 and len(images.classes) == 102 and images.pixels.shape == (12, 3, 256, 256)
@@ -615,15 +615,23 @@ def test_folders_train_and_val(tmp_path, capsys, dataset, classes):
     for split, count in (("train", 3), ("val", 2)):
         for name in classes:
             pictures(tmp_path / split / name, count)
-    config = dataclasses.replace(sl.preset(dataset), data_dir=str(tmp_path))
+    config = dataclasses.replace(sl.preset(dataset), data_dir=str(tmp_path), features="untrained")
     train, test = sl.load_images(config, "train"), sl.load_images(config, "test")
     assert train.classes == test.classes == classes
     assert train.labels.bincount().tolist() == [3] * len(classes)
     assert test.labels.bincount().tolist() == [2] * len(classes)
     assert train[0][0].shape == (3, 256, 256)
     shutil.rmtree(tmp_path / "val")
-    assert sl.main(["train", "--dataset", dataset, "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    words = ["train", "--dataset", dataset, "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert sl.main([*words, "--features", "untrained"]) == 2
     assert f"no folder {tmp_path / 'val'}" in one_line(capsys)
+
+
+def test_absent_weights_of_inception_are_said_before_the_training(tmp_path, offline, capsys):
+    pictures(tmp_path / "train/cat", 3), pictures(tmp_path / "val/cat", 3)
+    words = ["--data-dir", str(tmp_path), "--autoencoder", "tiny", "--image-size", "64", "--out", str(tmp_path / "run")]
+    assert sl.main(["train", "--dataset", "animal-faces", *words]) == 2
+    assert "pt_inception" in (said := one_line(capsys)) and "--weights-dir" in said and "--features untrained" in said
 
 
 def test_presets_of_the_paper():
