@@ -628,7 +628,7 @@ def test_folders_train_and_val(tmp_path, capsys, dataset, classes):
 
 
 def test_absent_weights_of_inception_are_said_before_the_training(tmp_path, offline, capsys):
-    pictures(tmp_path / "train/cat", 3), pictures(tmp_path / "val/cat", 3)
+    pictures(tmp_path / "train/cat", 4), pictures(tmp_path / "val/cat", 4)
     words = ["--data-dir", str(tmp_path), "--autoencoder", "tiny", "--image-size", "64", "--out", str(tmp_path / "run")]
     assert sl.main(["train", "--dataset", "animal-faces", *words]) == 2
     assert "pt_inception" in (said := one_line(capsys)) and "--weights-dir" in said and "--features untrained" in said

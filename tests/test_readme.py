@@ -29,7 +29,7 @@ def test_every_picture_exists():
 def test_every_flag_exists():
     flags = {"--" + field.name.replace("_", "-") for field in sl.dataclasses.fields(sl.Config)}
     flags |= {"--checkpoint", "--classes", "--count", "--help", "--between", "--image", "--crossover", "--to"}
-    flags |= {"--nproc-per-node"}                            # torchrun's
+    flags |= {"--nproc-per-node", "--shutdown-timeout", "--paper", "--peak"}     # of torchrun and tests/speed.py
     for field in sl.dataclasses.fields(sl.Config):
         if field.type is bool:
             flags.add("--no-" + field.name.replace("_", "-"))

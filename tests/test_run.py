@@ -228,3 +228,16 @@ def test_import_is_quick_and_without_side_effects(tmp_path):
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
     assert time.time() - began < 12 and not list(tmp_path.iterdir())
+
+
+def test_the_file_alone_runs_the_default_and_says_when_it_needs_the_other(tmp_path):
+    shutil.copy(ROOT / "sphere_latent.py", tmp_path)
+    code = ("import sys, sphere_latent as sl; few = sys.argv[1:]\n"
+            "sl.MODEL_SIZES['tiny'], draw = (32, 1, 1), sl.draw_flowers(sl.torch.arange(24) % 12, 16, sl.seeded(0, 0))\n"
+            "sl.drawn_images = lambda *a: sl.Images((255 * draw).byte(), sl.torch.arange(24) % 12, map(str, range(12)))\n"
+            "print([sl.main(words) for words in (['train', *few], ['sample', '--checkpoint', 'runs/drawn', '--count', '1'],\n"
+            "       ['evaluate', '--checkpoint', 'runs/drawn'], ['train', '--dataset', 'flowers'])])")
+    done = subprocess.run([sys.executable, "-c", code, *SMALL], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.endswith("[0, 0, 0, 2]\n"), done.stderr[-2000:]
+    assert "needs the file extras.py" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "extras.py").exists() and (tmp_path / "runs/drawn/samples.png").exists()
