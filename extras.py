@@ -128,7 +128,11 @@ def found_images(config, split):
     """-> Images of one split, "train" or "test", of any data set but the drawings."""
     images = images_of(config, split)
     if config.features == "inception" and split == "train":  # if absent, said before the training
-        published(INCEPTION, config.weights_dir, "; --features untrained needs none")
+        published(INCEPTION, config.weights_dir,
+                  "; --features untrained --eval-samples 2000 needs none")
+    size = 4 * 12 * config.eval_samples * config.image_size ** 2             # at four step counts
+    refuse(config.features == "untrained" and size > 2e10,
+           f"--features untrained keeps {size / 1e9:.0f} GB of samples: lower --eval-samples")
     return images
 
 
@@ -689,7 +693,8 @@ def side_by_side(paths, given):
             jobs[path, steps] = (denoiser, autoencoder, each), []
     refuse(len(kinds) > 1, "these runs have not learned the same images")
     real = load_images(config, "test")
-    reference, labels = gaussian(real.pixels / 255), torch.arange(config.eval_samples)
+    reference = gaussian(real.pixels[i] / 255 for i in torch.arange(len(real)).split(100))
+    labels = torch.arange(min(config.eval_samples, 2000))    # all are held in memory
     labels = labels % denoiser.num_classes
     for _ in range(3):
         for (denoiser, autoencoder, each), seconds in jobs.values():

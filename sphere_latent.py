@@ -33,11 +33,12 @@ Contents: 1 Configuration, 2 Images, 3 The transformer, 4 Frozen autoencoders, 5
 
 Differences from the paper: the autoencoder of the default is TinyRAE, trained here in minutes, in
 place of DINOv2 and a ViT-XL decoder. The paper's loss weights, its logit-normal, its sampler's
-noise and its optimiser are not known to us; ours come from the ablations in the README: a
-logit-normal of mean 1.2, and new noise at a smaller angle for each step (Sphere Encoder, the
-predecessor, found both best fixed). That the denoiser is not told the noise level is our inference
-from the published parameter count. Sphere Encoder's two halves have TinyRAE's patches and PCA
-start; on the drawings, which are learned offline, it goes without its perceptual loss.
+noise and its optimiser are not known to us. Ours: weights 1, 1 and 0.1 and Adam, by choice; from
+the ablations in the README a logit-normal of mean 1.2, and new noise at a smaller angle for each
+step (Sphere Encoder, the predecessor, found the same noise and the same angle best). That the
+denoiser is not told the noise level is inferred from the published parameter count. Sphere
+Encoder's two halves have TinyRAE's patches and PCA start; on the drawings, which are learned
+offline, it goes without its perceptual loss.
 """
 import argparse
 import contextlib
@@ -58,6 +59,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
@@ -90,7 +92,7 @@ def extras():
     """The file beside this one, with what the default run does not need; opened when it is."""
     with explained("this needs the file extras.py beside sphere_latent.py"):
         sys.modules.setdefault("sphere_latent", sys.modules[__name__])       # not a second time
-        sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+        sys.path += {os.path.dirname(os.path.abspath(__file__))} - {*sys.path}
         return __import__("extras")
 
 
@@ -177,8 +179,8 @@ class Config:
                     value in (rule["choices"] or [value]))
             need(good, field.name, rule["allowed"])
         size, p, width = self.image_size, self.patch_size, self.autoencoder_width
-        angle, kind, rae = self.max_angle, self.noise_distribution, self.autoencoder != "tiny"
-        need(size == 256 or not rae, "image_size", "256 for --autoencoder dinov2-b")
+        angle, kind, rae = self.max_angle, self.noise_distribution, (self.method, self.autoencoder)
+        need(size == 256 or rae != ("sphere-latent", "dinov2-b"), "image_size", "256 for dinov2-b")
         need(self.batch_size % WORLD == 0, "batch_size", f"a multiple of {WORLD}, the processes")
         need(size % p == 0 < size - p, "image_size", f"a larger multiple of --patch-size {p}")
         need(width % (64 if width > 64 else 4) == 0, "autoencoder_width", "4, 8 .. 64, 128, 192 ..")
@@ -194,7 +196,7 @@ def preset(dataset, method="sphere-latent"):
                                       reconstruction_weight=25.0, consistency_weight=2.0, tilt=85.0,
                                       tilt_schedule="fixed", fresh_noise=False, learning_rate=5e-3)}
     changes |= {} if dataset in ("drawn", *changes) else extras().PAPER_PRESETS
-    return Config(method, dataset, **changes.get(dataset, {}) | changes.get(method, {}))
+    return Config(method, dataset, **changes.get(method, {}) | changes.get(dataset, {}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -374,7 +376,8 @@ class Transformer(nn.Module):
         c = F.silu(self.labels(labels))                                      # [B, D]
         x = self.embed(x) + self.positions                                   # [B, N, D]
         for block in self.blocks:
-            x = block(x, c)                                                  # [B, N, D]
+            large = x.numel() * len(self.blocks) > 4e8       # then for memory: compute twice
+            x = checkpoint(block, x, c, use_reentrant=False) if large else block(x, c)   # [B, N, D]
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)          # [B, 1, D] each
         return self.head(self.norm(x) * (1 + scale) + shift)                 # [B, N, out]
 
@@ -596,7 +599,7 @@ def resolve_device(name):
 def autocast(device):
     """bf16 where the hardware multiplies it faster than fp32; elsewhere nothing."""
     pays = {"cpu": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
-            "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported()}
+            "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)}
     return torch.autocast(device.type, torch.bfloat16, enabled=pays.get(device.type, False))
 
 
@@ -670,8 +673,7 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
             norm = nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
             decay = min(config.ema_decay, (2 + step) / (11 + step))          # short memory at first
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), weights, 1 - decay)
+            torch._foreach_lerp_([*average.parameters()], [w.detach() for w in weights], 1 - decay)
             # 0 * norm: a gradient that is not finite shows, even under a loss that is
             recent.append(torch.stack([loss.detach() + 0 * norm for loss in losses.values()]))
             save = (step + 1) % config.save_every == 0 or step + 1 == steps or asked and WORLD == 1
@@ -793,7 +795,7 @@ def train(config):
     with open_run(config) as (folder, config):
         images, held_out = load_images(config, "train"), load_images(config, "test")
         if not (config.resume or RANK):                      # an old run goes only now
-            for name in RUN_FILES:
+            for name in RUN_FILES * config.overwrite:        # else latents alone: they serve
                 (folder / name).unlink(missing_ok=True)
             (folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
         summed(torch.zeros(1))
@@ -804,12 +806,12 @@ def train(config):
                            if config.autoencoder == "tiny" else
                            load_autoencoder(config.autoencoder, config).to(device))
         denoiser = fit_denoiser(config, images, autoencoder, folder / "checkpoint.pt", device)
-        for name in ("autoencoder.pt", "latents.npy"):       # checkpoint.pt holds what is needed
-            RANK or (folder / name).unlink(missing_ok=True)
         RANK or loss_figure(folder / "checkpoint.pt")
         autoencoder = autoencoder or denoiser
         reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
         evaluate_run(config, autoencoder, denoiser, folder / "frechet.csv", held_out)
+        for name in ("autoencoder.pt", "latents.npy")[:1 if config.latents else 2]:
+            RANK or (folder / name).unlink(missing_ok=True)  # checkpoint.pt holds what is needed
     return folder
 
 
@@ -824,7 +826,7 @@ def open_run(config):
     A run that is there already is neither lost nor taken for another.
     """
     folder = pathlib.Path(config.resume or config.out or f"runs/{config.dataset}")
-    held = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    held = [folder / name for name in RUN_FILES[:-2] if (folder / name).exists()]
     if config.resume:
         refuse(not held or held[0].suffix != ".pt", f"no checkpoint in {folder}: start again")
         saved = read_checkpoint(held[0])["config"]
@@ -832,7 +834,7 @@ def open_run(config):
                                      data_dir=config.data_dir or saved.data_dir)
     refuse(held and not (config.resume or config.overwrite), f"{folder} already holds a run: go on "
            f"with it (--resume {folder}), replace it (--overwrite), or choose another --out")
-    # --resume works from anywhere
+    # --resume works from anywhere, but for the default folder data, which is looked for there
     config = dataclasses.replace(config, **{name: os.path.abspath(path) for name, path in vars(
         config).items() if path and name in ("data_dir", "weights_dir", "latents", "reference")})
     folder.mkdir(parents=True, exist_ok=True)
@@ -1007,11 +1009,10 @@ def sample_figure(denoiser, autoencoder, classes, config, path):
 
 def reconstruction_figure(autoencoder, images, path):
     """Held-out images above what the autoencoder makes of them -> mean PSNR of 60, decibels."""
-    device = autoencoder.latent_mean.device
     chosen = torch.randperm(len(images), generator=seeded(0, 0))[:60]
     x = images.pixels[chosen] / 255
-    with torch.no_grad(), autocast(device):
-        y = autoencoder.decode(autoencoder.encode(x.to(device))).cpu()
+    with torch.no_grad(), autocast(autoencoder.latent_mean.device):
+        y = autoencoder.decode(autoencoder.encode(x.to(autoencoder.latent_mean.device))).cpu()
     psnr = float(-10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10().mean())
     names = [images.classes[label] for label in images.labels[chosen[:12]]]
     picture(path, [x[:12], y[:12]], ["image", f"rebuilt:\n{psnr:.1f} dB"], names)
@@ -1040,7 +1041,7 @@ def load_run(path, device="cpu", **given):
     are to be others than those of the run.
     """
     path = pathlib.Path(path)
-    state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
+    state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     refuse("autoencoder" not in state, f"{path} is half a run: train --resume {path.parent}")
     config = dataclasses.replace(state["config"], **given)
     with explained(f"{path} is no checkpoint of this program, or damaged"):

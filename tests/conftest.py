@@ -49,10 +49,21 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def predecessor(small, tmp_path_factory):
+    """A finished run of Sphere Encoder, a few updates."""
+    folder = tmp_path_factory.mktemp("runs") / "predecessor"
+    assert sl.main(["train", *SMALL, "--method", "sphere-encoder", "--out", str(folder)]) == 0
+    return folder
+
+
 def pytest_configure(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)     # as in a terminal; a job in the background ignores it
     config.addinivalue_line("markers", "slow: minutes, not seconds; leave out with -m 'not slow'")
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if {"rae", "placed", "inceptions"} & set(item.fixturenames):                   # networks of full size
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)         # slow ones last

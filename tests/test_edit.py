@@ -5,7 +5,6 @@ import torch
 from PIL import Image
 
 import sphere_latent as sl
-from conftest import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -15,13 +14,6 @@ def photos(tmp_path_factory):
     for name, i in (("a.png", 0), ("b.jpg", 5)):
         Image.fromarray(images.pixels[i].permute(1, 2, 0).numpy()).save(folder / name)
     return folder / "a.png", folder / "b.jpg"
-
-
-@pytest.fixture(scope="module")
-def predecessor(small, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "predecessor"
-    assert sl.main(["train", *SMALL, "--method", "sphere-encoder", "--out", str(folder)]) == 0
-    return folder
 
 
 def edit(*words):

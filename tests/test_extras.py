@@ -591,7 +591,7 @@ def fake_flowers(root, monkeypatch, count=12):
 
 def test_flowers_are_all_three_parts_in_both_splits(tmp_path, monkeypatch, offline):
     fake_flowers(tmp_path, monkeypatch)
-    config = dataclasses.replace(sl.preset("flowers"), data_dir=str(tmp_path), features="untrained")
+    config = dataclasses.replace(sl.preset("flowers"), data_dir=str(tmp_path), features="untrained", eval_samples=99)
     for split in ("train", "test"):
         images = sl.load_images(config, split)
         assert len(images) == 12 and len(images.classes) == 102 and images.pixels.shape == (12, 3, 256, 256)
@@ -615,7 +615,7 @@ def test_folders_train_and_val(tmp_path, capsys, dataset, classes):
     for split, count in (("train", 3), ("val", 2)):
         for name in classes:
             pictures(tmp_path / split / name, count)
-    config = dataclasses.replace(sl.preset(dataset), data_dir=str(tmp_path), features="untrained")
+    config = dataclasses.replace(sl.preset(dataset), data_dir=str(tmp_path), features="untrained", eval_samples=99)
     train, test = sl.load_images(config, "train"), sl.load_images(config, "test")
     assert train.classes == test.classes == classes
     assert train.labels.bincount().tolist() == [3] * len(classes)
@@ -624,6 +624,8 @@ def test_folders_train_and_val(tmp_path, capsys, dataset, classes):
     shutil.rmtree(tmp_path / "val")
     words = ["train", "--dataset", dataset, "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
     assert sl.main([*words, "--features", "untrained"]) == 2
+    assert "157 GB of samples: lower --eval-samples" in one_line(capsys)
+    assert sl.main([*words, "--features", "untrained", "--eval-samples", "99"]) == 2
     assert f"no folder {tmp_path / 'val'}" in one_line(capsys)
 
 

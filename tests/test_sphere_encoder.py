@@ -12,14 +12,6 @@ import sphere_latent as sl
 from conftest import SMALL
 
 
-@pytest.fixture(scope="module")
-def predecessor(small, tmp_path_factory):
-    """A finished run of Sphere Encoder, a few updates."""
-    folder = tmp_path_factory.mktemp("runs") / "predecessor"
-    assert sl.main(["train", *SMALL, "--method", "sphere-encoder", "--out", str(folder)]) == 0
-    return folder
-
-
 def random_model(classes=3):
     """A small SphereEncoder whose labels and transformers matter, as after training."""
     torch.manual_seed(0)
