@@ -12,7 +12,7 @@ import sphere_latent as sl  # noqa: E402
 
 SMALL = ("--image-size 16 --patch-size 8 --latent-channels 8 --autoencoder-width 32 --autoencoder-depth 1 "
          "--autoencoder-steps 6 --train-steps 6 --batch-size 8 --eval-samples 24 --device cpu").split()
-DRAW, TINY = sl.drawn_images, sl.MODEL_SIZES["tiny"]
+DRAW, TINY, THREADS = sl.drawn_images, sl.MODEL_SIZES["tiny"], torch.get_num_threads()
 
 
 @functools.lru_cache
@@ -24,7 +24,8 @@ def fewer_drawings(split, size, seed=0):
 
 @pytest.fixture(scope="session", autouse=True)
 def small():
-    """The quick tests train a smaller denoiser on a fifth of the drawings."""
+    """The quick tests train a smaller denoiser on a fifth of the drawings; so small, one thread is the quickest."""
+    torch.set_num_threads(1)
     sl.drawn_images, sl.MODEL_SIZES["tiny"] = fewer_drawings, (64, 2, 2)
 
 
@@ -32,8 +33,10 @@ def small():
 def whole(small):
     """The sizes that users get."""
     sl.drawn_images, sl.MODEL_SIZES["tiny"] = DRAW, TINY
+    torch.set_num_threads(THREADS)
     yield
     sl.drawn_images, sl.MODEL_SIZES["tiny"] = fewer_drawings, (64, 2, 2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

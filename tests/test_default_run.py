@@ -13,9 +13,9 @@ import sphere_latent as sl
 from judge import judge_run, train_judge
 
 
-# Where the CPU does not multiply bf16, the default takes about a quarter of an hour: there, half of its updates.
+# Where the CPU does not multiply bf16, the default takes about a quarter of an hour: there, two fifths of its updates.
 UPDATES = [] if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else [
-    "--autoencoder-steps", "600", "--train-steps", "850"]
+    "--autoencoder-steps", "450", "--train-steps", "700"]
 
 
 @pytest.mark.slow
