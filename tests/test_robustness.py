@@ -76,8 +76,8 @@ def same(a, b):
 
 
 def start(code, *words, **environment):
-    """A new process that has imported the file, with a small denoiser."""
-    prelude = f"import sys, sphere_latent as sl; sl.MODEL_SIZES['tiny'] = {SMALLEST}\n"
+    """A new process that has imported the file, with a small denoiser, on one thread as the tests themselves."""
+    prelude = f"import sys, sphere_latent as sl; sl.MODEL_SIZES['tiny'] = {SMALLEST}; sl.torch.set_num_threads(1)\n"
     words = [os.fsdecode(word) if isinstance(word, bytes) else str(word) for word in words]
     return subprocess.Popen([sys.executable, "-c", prelude + code, *words], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
