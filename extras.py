@@ -9,9 +9,9 @@
   slerp            the way from one point of the sphere to another
   add_commands     reconstruct and edit; side_by_side is for evaluate with several runs
 
-sphere_latent.py opens this file when a command first needs it. Weights come from where they were
-published, through the usual caches, or from a folder in which they were placed by hand. Each
-network can be built without them.
+sphere_latent.py opens this file for its command line and where a name is needed. Weights come from
+where they were published, through the usual caches, or from a folder in which they were placed by
+hand. Each network can be built without them.
 
 Contents: 1 Images, 2 Weights that others published, 3 RAE, 4 Networks that look at images,
 5 FID, 6 Latents on disk, 7 On the sphere, 8 Further commands.
@@ -114,7 +114,6 @@ SOURCES = {"cifar10": "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kri
                       "setid.mat, all of https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
            "animal-faces": "AFHQ of https://github.com/clovaai/stargan-v2, with train and val",
            "imagenet": "ImageNet-1K of https://image-net.org, with train and val, a folder a class"}
-
 
 # where the paper is silent, RAE's recipe for its second stage; 1,000 epochs, of ImageNet 800
 RECIPE = dict(autoencoder="dinov2-b", image_size=256, model_size="B", batch_size=1024,
@@ -592,6 +591,7 @@ def slerp(a, b, t):
         -1, *[1] * (a.dim() - 1)) for x in (t, angle_between(a, b)))
     arc = ((1 - t) * omega).sin() * a + (t * omega).sin() * b
     return spherify(torch.where(omega < 1e-3, torch.lerp(a, b, t), arc))
+
 
 # --------------------------------------------------------------------------------------------------
 # 8. Further commands

@@ -26,7 +26,7 @@ Commands, from the smallest:
   torchrun --nproc-per-node 8 sphere_latent.py train --dataset imagenet
 
 This file alone runs the default. What that does not need is in extras.py beside it: images and
-networks of others, with the paper's RAE, FID, latents on disk.
+networks of others, with the paper's RAE; FID, latents on disk, edit and reconstruct.
 
 Contents: 1 Configuration, 2 Images, 3 The transformer, 4 Frozen autoencoders, 5 The sphere,
 6 The three losses, 7 Training, 8 Sampling, 9 Evaluation, 10 Figures, 11 Command line.
@@ -89,7 +89,7 @@ def refuse(wrong, message):
 
 
 def extras():
-    """The file beside this one, with what the default run does not need; opened when it is."""
+    """The file beside this one, with what the default run does not need."""
     with explained("this needs the file extras.py beside sphere_latent.py"):
         sys.modules.setdefault("sphere_latent", sys.modules[__name__])       # not a second time
         sys.path += {os.path.dirname(os.path.abspath(__file__))} - {*sys.path}
@@ -376,7 +376,7 @@ class Transformer(nn.Module):
         c = F.silu(self.labels(labels))                                      # [B, D]
         x = self.embed(x) + self.positions                                   # [B, N, D]
         for block in self.blocks:
-            large = x.numel() * len(self.blocks) > 4e8       # then for memory: compute twice
+            large = x.numel() * len(self.blocks) > 4e8       # to keep 30 GB or more: compute twice
             x = checkpoint(block, x, c, use_reentrant=False) if large else block(x, c)   # [B, N, D]
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)          # [B, 1, D] each
         return self.head(self.norm(x) * (1 + scale) + shift)                 # [B, N, out]
@@ -709,7 +709,7 @@ def fit_autoencoder(config, images, path, device):
         generator = seeded(config.seed, step)
         chosen = torch.randint(len(images), (config.batch_size,), generator=generator)
         mirrored = torch.rand(len(chosen), generator=generator) < 0.5 * config.flips
-        x = images.batch((chosen + len(images) * mirrored)[PART]).to(device)   # [B, 3, H, W]
+        x = images.batch((chosen + len(images) * mirrored)[PART]).to(device)     # [B, 3, H, W]
         with autocast(device):
             z = autoencoder.encode_raw(x)                    # of size 1, noise about half of it
             sigma = 0.5 * torch.randn(len(chosen), 1, 1, generator=generator).abs()
@@ -719,7 +719,7 @@ def fit_autoencoder(config, images, path, device):
         return {"pixels": F.l1_loss(y, x), "edges": edges, "total": F.l1_loss(y, x) + edges}
 
     autoencoder = optimise(autoencoder, losses_of, config.autoencoder_steps, config, path, {})
-    some = torch.arange((1 + config.flips) * len(images))[:100_000].split(256)
+    some = torch.arange((1 + config.flips) * len(images))[:100_000].split(256)     # are enough
     with torch.no_grad(), autocast(device):
         z = torch.cat([autoencoder.encode(images.batch(i).to(device)) for i in some])
     autoencoder.latent_mean[0], autoencoder.latent_var[0] = z.mean((0, 1)), z.var((0, 1))

@@ -2,7 +2,7 @@
 
     python tests/speed.py
     python tests/speed.py --paper B --batch-size 8                       the paper's sizes, random weights
-    python tests/speed.py --paper XL --batch-size 256 --device cuda --compile --peak 989
+    python tests/speed.py --paper XL --batch-size 256 --device cuda --compile
 """
 import argparse
 import contextlib
