@@ -5,7 +5,7 @@
                    (arXiv 2510.11690)
   InceptionFID     the features in which a Fréchet distance is an FID
   VGGDistance      the perceptual loss of Sphere Encoder
-  latents_on_disk  latents too many for memory
+  latent_file  latents too many for memory
   slerp            the way from one point of the sphere to another
   add_commands     reconstruct and edit; side_by_side is for evaluate with several runs
 
@@ -20,10 +20,12 @@ Contents: 1 Images, 2 Weights that others published, 3 RAE, 4 Networks that look
 """
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import math
 import os
 import pathlib
+import re
 import shutil
 import sys
 import time
@@ -43,7 +45,7 @@ from sphere_latent import (PART, RANK, SHARES, Images, UserError, autocast, expl
                            frechet_distance, gaussian, load_images, load_run, noisy_spherify,
                            open_checkpoint, picture, reconstruction_figure, refuse,
                            resolve_device, sample, sample_batches, sample_images, seeded_noise,
-                           spherify, summed, write_table)
+                           sent, spherify, summed, write_table)
 
 IMAGENET = torch.tensor([[.485, .456, .406], [.229, .224, .225]]).view(2, 3, 1, 1)   # mean, std
 
@@ -58,14 +60,22 @@ class ImageFiles:
     """In the place of pixels that are too many for memory: [numbers] reads those files."""
 
     def __init__(self, paths, size):
-        self.paths, self.size, self.pool = paths, size, ThreadPoolExecutor()
+        self.paths, self.size, self.pool, self.bad = paths, size, ThreadPoolExecutor(), set()
 
     def __getitem__(self, chosen):
         return torch.stack([*self.pool.map(self.read, chosen)])              # [B, 3, size, size]
 
     def read(self, number):
-        with explained(f"{self.paths[number]} cannot be read: delete it, and start anew"):
-            return open_image(self.paths[number], self.size)
+        """That image; in the place of an unreadable one, which is named, the next."""
+        path = self.paths[number]
+        try:
+            return open_image(path, self.size)
+        except Exception as error:                           # image decoders raise anything at all
+            path in self.bad or skipped(path, error)
+            self.bad.add(path)
+            refuse(len(self.bad) > max(1, len(self.paths) // 100),
+                   f"{len(self.bad)} of {len(self.paths)} images cannot be read; see {path.parent}")
+            return self.read((number + 1) % len(self.paths))
 
 
 def open_image(path, size):
@@ -78,6 +88,10 @@ def open_image(path, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def skipped(path, error):
+    tqdm.write(f"skipped {path} ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 def image_files(root):
@@ -100,7 +114,7 @@ def read_images(paths, labels, classes, size):
         try:
             return open_image(path, size)
         except Exception as error:                           # image decoders raise anything at all
-            tqdm.write(f"skipped {path} ({type(error).__name__}: {error})", file=sys.stderr)
+            skipped(path, error)
     with ThreadPoolExecutor() as pool:
         pixels = [*tqdm(pool.map(read, paths), "reading images", len(paths), unit="img")]
     good = [i for i, image in enumerate(pixels) if image is not None]
@@ -115,6 +129,8 @@ SOURCES = {"cifar10": "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kri
            "animal-faces": "AFHQ of https://github.com/clovaai/stargan-v2, with train and val",
            "imagenet": "ImageNet-1K of https://image-net.org, with train and val, a folder a class"}
 
+CLASSES = {"animal-faces": "cat|dog|wild", "imagenet": r"n\d{8}"}
+
 # where the paper is silent, RAE's recipe for its second stage; 1,000 epochs, of ImageNet 800
 RECIPE = dict(autoencoder="dinov2-b", image_size=256, model_size="B", batch_size=1024,
               learning_rate=2e-4, ema_decay=0.9995, features="inception", eval_samples=50_000)
@@ -128,7 +144,7 @@ def found_images(config, split):
     images = images_of(config, split)
     if config.features == "inception" and split == "train":  # if absent, said before the training
         published(INCEPTION, config.weights_dir,
-                  "; --features untrained --eval-samples 2000 needs none")
+                  "; --features untrained --eval-samples 2000, or --autoencoder tiny, needs none")
     size = 4 * 12 * config.eval_samples * config.image_size ** 2             # at four step counts
     refuse(config.features == "untrained" and size > 2e10,
            f"--features untrained keeps {size / 1e9:.0f} GB of samples: lower --eval-samples")
@@ -163,6 +179,9 @@ def images_of(config, split):
     refuse(len(names) < 4, f"--data-dir {root}: {len(names)} image files; at least 4 are needed")
     owners = [os.fsencode((*n.parts[:-1], root.name)[0]).decode(errors="replace") for n in names]
     classes, tenth = sorted(set(owners)), max(2, len(names) // 10)
+    if config.dataset in CLASSES:                            # another one's train and val, say
+        wrong = [name for name in classes if not re.fullmatch(CLASSES[config.dataset], name)]
+        refuse(wrong, f"{root} is not {config.dataset}, with {', '.join(wrong[:3])} in it: {needs}")
     numbers = {name: number for number, name in enumerate(classes)}
     chosen = sorted(range(len(names)), key=lambda i: zlib.crc32(os.fsencode(names[i])))
     if config.dataset == "folder":
@@ -206,6 +225,7 @@ class Missing(UserError):
     complete = True
 
 
+@first_alone()
 def published(source, folder="", instead=""):
     """-> path of a published file: placed in `folder` by hand, or in a cache, or fetched now.
 
@@ -255,7 +275,7 @@ class RAE(nn.Module):
         files, moments = [""] * 3, {"mean": torch.zeros(768, 1), "var": torch.ones(768, 1)}
         options = {"map_location": "cpu", "weights_only": True}
         if pretrained:
-            instead = ", or run without it: --autoencoder tiny --image-size 64"
+            instead = ", or train without it: --autoencoder tiny"
             files = [published(source, weights_dir, instead)
                      for source in (ENCODER, DECODER, STATISTICS)]
         with explained(f"{files[0]} is no DINOv2 of timm, or damaged"):
@@ -268,8 +288,10 @@ class RAE(nn.Module):
             with explained(f"{files[1]} is no decoder of RAE, or damaged"):
                 self.decoder.load_state_dict(torch.load(files[1], **options))
             with explained(f"{files[2]} is no statistics of RAE, or damaged"):
-                found = torch.load(files[2], **options)      # [C, side, side] each
-                moments = {name: found[name].reshape(768, 256).float() for name in moments}
+                found = torch.load(files[2], **options)      # [C, side, side] or [C] each
+                moments = {k: found[k].reshape(len(found[k]), -1).float() for k in moments}
+                shapes = {tuple(moment.shape) for moment in moments.values()}
+                refuse(not shapes <= {(768, 256), (768, 1)}, f"shapes {shapes}")
         for name, moment in moments.items():
             self.register_buffer("latent_" + name, moment.T)                 # [N, C] or [1, C]
         self.eval().requires_grad_(False)
@@ -457,9 +479,10 @@ def inception_and_reference(config, folder, device):
     def read():
         with explained(f"{path} has no mu and sigma of Inception features: "
                        f"{'name another' if config.reference else 'delete it'}"):
-            file = dict(np.load(path))
-            refuse((*file["mu"].shape, *file["sigma"].shape) != (2048,) * 3, "wrong shape")
-            return file
+            with np.load(path) as file:                      # others keep images in it as well
+                found = {name: file[name] for name in ("mu", "sigma", "n", "of") if name in file}
+            refuse((*found["mu"].shape, *found["sigma"].shape) != (2048,) * 3, "wrong shape")
+            return found
     file = read() if config.reference or path.exists() else {}
     if not config.reference and file.get("of") != of:
         images = load_images(config, "train")
@@ -531,25 +554,32 @@ def few(samples):
 # 6. Latents on disk
 # --------------------------------------------------------------------------------------------------
 
-def latents_on_disk(path, shape, encode, device):
+def latent_file(path, shape, encode, device):
     """-> a function from numbers [B] to latents [B, N, C]: those of encode, kept in a file.
 
     Half precision, written once, shape [n, N, C]. A file that is half written is completed; one of
     other images or of another autoencoder (its shape or some of its latents differ) is refused.
     Where the disk has no room, encode itself is returned: it runs in every update.
     """
+    path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     size, free = 2 * math.prod(shape), shutil.disk_usage(path.parent).free
-    # a new file has its size at once, but takes room only as it is filled
     there = 512 * getattr(path.stat(), "st_blocks", math.inf) if path.exists() else 0
-    if summed(torch.tensor([float(size - there > 0.9 * free)])):             # all do the same
+    full = not RANK and size - there > 0.9 * free
+    if not (RANK or full or there >= size):                  # it takes its room at once: a disk
+        if new := not path.exists():                         # full later would end the process
+            print(f"{path} will take {size / 1e9:.1f} GB")
+            np.lib.format.open_memmap(path, "w+", np.float16, shape)
+        try:
+            with open(path, "r+b") as file, contextlib.suppress(AttributeError):       # no Windows
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:                             # others: the disk cannot, or no file
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full and new and path.unlink()
+    if summed(torch.tensor([float(full)])):                  # all do the same
         print(f"no room for {path}: {size / 1e9:.1f} GB of latents, {free / 1e9:.1f} GB free. The "
               f"autoencoder will run in every update, which is slower")
         return encode
-    if not path.exists() and not RANK:
-        print(f"{path} will take {size / 1e9:.1f} GB")
-        np.lib.format.open_memmap(path, "w+", np.float16, shape)
-    summed(torch.zeros(1))
     with explained(f"{path} is no file of latents: delete it, or name another with --latents"):
         data = np.load(path, mmap_mode="r+")
         refuse(data.dtype != np.float16, "not in half precision")
@@ -571,7 +601,7 @@ def latents_on_disk(path, shape, encode, device):
             data[chosen[-1]] = z[-1]                         # are there, reaches the disk last
     data.flush()
     summed(torch.zeros(1))
-    return lambda chosen: torch.from_numpy(data[chosen.numpy()]).to(device).float()
+    return lambda chosen: sent(torch.from_numpy(data[chosen.numpy()]), device).float()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -667,7 +697,7 @@ def edit_command(given):
     rows = [x.cpu() for x in (autoencoder.decode(points), autoencoder.decode(noise[0]), made)]
     tilted = "random" if seeds else f"tilted by\n{config.tilt:g} degrees"
     picture(out, rows, ["input", tilted, f"as {to}" if to else "denoised"], words)
-    if mode == "between":
+    if mode == "between" and not RANK:
         frames = [Image.fromarray((255 * x).byte().permute(1, 2, 0).numpy()) for x in made.cpu()]
         frames[0].save(out.with_suffix(".gif"), save_all=True, append_images=frames[1:],
                        duration=150, loop=0)
@@ -701,8 +731,8 @@ def side_by_side(paths, given):
             began = time.perf_counter()
             sample_images(denoiser, autoencoder, labels[:50], each)
             seconds.append((time.perf_counter() - began) / len(labels[:50]))
-    print(f"{len(labels)} samples, {len(real)} held-out images; Fréchet distance in features of an "
-          f"untrained network, in units of the real variance:")
+    print(f"{len(labels)} samples, {len(real)} held-out images; Fréchet distance in features of "
+          f"an untrained network, in units of the real variance:")
     print(f"{'run':24} steps   CFG  parameters    GFLOPs        ms  Fréchet distance")
     for (path, steps), ((denoiser, autoencoder, each), seconds) in jobs.items():
         with FlopCounterMode(display=False) as counter:
@@ -712,6 +742,6 @@ def side_by_side(paths, given):
         size = sum(p.numel() for model in {autoencoder, denoiser} for p in model.parameters())
         print(f"{path:24} {steps:5} {each.cfg_scale:5g} {size:11,} "
               f"{counter.get_total_flops() / 1e9:9.3f} {1000 * min(seconds):9.2f} {distance:17.4f}")
-        sheets[f"{pathlib.Path(path).name}: {steps}"] = images[:12]
+        sheets[f"{path}: {steps}"] = images[:12]
     picture(out, [*sheets.values()], [*sheets], [denoiser.classes[y] for y in labels[:12]])
     print(out)

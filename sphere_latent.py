@@ -54,10 +54,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torch import distributed as dist, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -79,7 +78,8 @@ def explained(message):
     try:
         yield
     except Exception as error:
-        said = getattr(error, "complete", None) and error    # a file that could not be had
+        # what is said already: a file that cannot be had, no memory on the GPU
+        said = (isinstance(error, torch.OutOfMemoryError) or hasattr(error, "complete")) and error
         raise said or UserError(f"{message} ({type(error).__name__}: {str(error)[:300]})") from None
 
 
@@ -138,7 +138,8 @@ class Config:
     sphere_target: bool = option(False, "sphere-latent: aim at f(z), on the sphere, not at z")
     noise_distribution: str = option("logit-normal", "distribution of the large angle",
                                      ("logit-normal", "uniform", "uniform-tangent"))
-    noise_mean: float = option(1.2, "logit-normal: mean of the logit, deviation 1", least=-100)
+    noise_mean: float = option(1.2, "logit-normal: mean of the logit", least=-100)
+    noise_std: float = option(1.0, "logit-normal: standard deviation of the logit")
     max_angle: float = option(90.0, "largest noise angle in training, degrees", most=90)
     small_ratio: float = option(0.5, "tan(small angle) = s tan(large angle), s uniform up to this")
     reconstruction_weight: float = option(1.0, "weight of the reconstruction loss")
@@ -188,15 +189,18 @@ class Config:
         need(self.latent_channels <= 3 * p ** 2, "latent_channels", f"up to {3 * p ** 2}, a patch")
 
 
-def preset(dataset, method="sphere-latent"):
-    """The Config that a data set and a method start from; those of the paper are in extras.py."""
-    changes = {"folder": dict(train_steps=9000, autoencoder_steps=4000, cfg_scale=3.0),
-               "cifar10": dict(image_size=32, patch_size=4, latent_channels=16, model_size="S"),
-               "sphere-encoder": dict(noise_distribution="uniform-tangent", max_angle=85.0,
-                                      reconstruction_weight=25.0, consistency_weight=2.0, tilt=85.0,
-                                      tilt_schedule="fixed", fresh_noise=False, learning_rate=5e-3)}
-    changes |= {} if dataset in ("drawn", *changes) else extras().PAPER_PRESETS
-    return Config(method, dataset, **changes.get(method, {}) | changes.get(dataset, {}))
+def preset(dataset, method="sphere-latent", autoencoder="", **_):
+    """The Config that a data set and a method start from; those of the paper are in extras.py.
+
+    With autoencoder "tiny" the paper's data sets are taken as any folder of images.
+    """
+    start = {"drawn": {}, "folder": dict(train_steps=9000, autoencoder_steps=4000, cfg_scale=3.0),
+             "cifar10": dict(image_size=32, patch_size=4, latent_channels=16, model_size="S"),
+             "sphere-encoder": dict(noise_distribution="uniform-tangent", max_angle=85.0,
+                                    reconstruction_weight=25.0, consistency_weight=2.0, tilt=85.0,
+                                    tilt_schedule="fixed", fresh_noise=False, learning_rate=5e-3)}
+    start |= {} if dataset in start or autoencoder == "tiny" else extras().PAPER_PRESETS
+    return Config(method, dataset, **start.get(method, {}) | start.get(dataset, start["folder"]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,10 +286,10 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return self.batch(torch.tensor([i]))[0], int(self.labels[i])
 
-    def batch(self, numbers):
+    def batch(self, numbers, device=torch.device("cpu")):
         """Images [B, 3, H, W] of these numbers [B]; from len(self) on, mirrored ones."""
-        x, mirrored = self.pixels[numbers % len(self)] / 255, numbers >= len(self)
-        return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
+        x = sent(self.pixels[numbers % len(self)], device) / 255
+        return torch.where(sent(numbers >= len(self), device).view(-1, 1, 1, 1), x.flip(3), x)
 
 
 def drawn_images(split, size, seed=0):
@@ -526,14 +530,14 @@ def noisy_spherify(v, e, alpha):
 def sample_angles(batch, config, generator=None):
     """-> alpha_small, alpha_large, each [B], radians: tan(alpha_small) = s tan(alpha_large)."""
     on = {"generator": generator, "device": generator and generator.device}
-    largest = math.radians(config.max_angle)
+    limit = math.radians(config.max_angle)
     if config.noise_distribution == "logit-normal":
-        large = largest * torch.sigmoid(config.noise_mean + torch.randn(batch, **on))
+        large = limit * (config.noise_mean + config.noise_std * torch.randn(batch, **on)).sigmoid()
     else:
         r = torch.rand(batch, **on)
         parts = (torch.arange(batch, device=on["device"]) + r) / batch       # one r in each
         uniform = config.noise_distribution == "uniform"
-        large = largest * r if uniform else torch.atan(parts * math.tan(largest))
+        large = limit * r if uniform else torch.atan(parts * math.tan(limit))
     s = config.small_ratio * torch.rand(batch, **on)
     return torch.atan2(s * large.sin(), large.cos()), large
 
@@ -603,6 +607,11 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=pays.get(device.type, False))
 
 
+def sent(x, device):
+    """x on the device; to a GPU from pinned memory: nothing waits for what it computes just now."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def seeded(seed, number, device="cpu"):
     """The generator of update, or of image, `number`: a resumed run needs no generator state."""
     return torch.Generator(device).manual_seed(seed * 1_000_003 + number)    # a prime: seeds apart
@@ -610,8 +619,7 @@ def seeded(seed, number, device="cpu"):
 
 def summed(x):
     """The sum of a tensor over all processes, in its place. All of them wait here for the last."""
-    if WORLD > 1:
-        dist.all_reduce(x)
+    WORLD > 1 and dist.all_reduce(x)
     return x
 
 
@@ -626,9 +634,9 @@ def save_checkpoint(path, state):
         os.replace(temporary, path)
 
 
-def read_checkpoint(path, device="cpu"):
+def read_checkpoint(path):
     with explained(f"{path} is no checkpoint of this program, or damaged"):
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         return {**state, "step": state["step"], "config": Config(**state["config"])}
 
 
@@ -655,7 +663,7 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
     first, log, recent, asked, began = 0, [], [], [], time.time()
     table = path.with_name("log.csv" if keep else "autoencoder.csv")
     if path.exists():
-        state = read_checkpoint(path, device)
+        state = read_checkpoint(path)
         refuse(state.get("classes") != keep.get("classes"), f"{path} is of other classes than now")
         with explained(f"{path} is no checkpoint of this program, or damaged"):
             first, log, began = int(state["step"]), state["log"], began - state["log"][-1][-1]
@@ -686,6 +694,8 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
                 log = log or [["step", *losses, "seconds"]]
                 log.append([step + 1, *means, time.time() - began])
                 bar.set_postfix_str(" ".join(f"{k} {x:.3f}" for k, x in zip(losses, means)))
+            if step - first == 9 and (days := bar.format_dict["elapsed"] * steps / 864000) > 1:
+                tqdm.write(f"{steps} updates, at the pace of the first ten: {days:.0f} days or so")
             if save or step % 10 == 9 and stop:
                 state = {name: part.state_dict() for name, part in parts.items()} | keep
                 state |= {"step": step + 1, "log": log, "config": dataclasses.asdict(config)}
@@ -709,7 +719,7 @@ def fit_autoencoder(config, images, path, device):
         generator = seeded(config.seed, step)
         chosen = torch.randint(len(images), (config.batch_size,), generator=generator)
         mirrored = torch.rand(len(chosen), generator=generator) < 0.5 * config.flips
-        x = images.batch((chosen + len(images) * mirrored)[PART]).to(device)     # [B, 3, H, W]
+        x = images.batch((chosen + len(images) * mirrored)[PART], device)     # [B, 3, H, W]
         with autocast(device):
             z = autoencoder.encode_raw(x)                    # of size 1, noise about half of it
             sigma = 0.5 * torch.randn(len(chosen), 1, 1, generator=generator).abs()
@@ -721,7 +731,7 @@ def fit_autoencoder(config, images, path, device):
     autoencoder = optimise(autoencoder, losses_of, config.autoencoder_steps, config, path, {})
     some = torch.arange((1 + config.flips) * len(images))[:100_000].split(256)     # are enough
     with torch.no_grad(), autocast(device):
-        z = torch.cat([autoencoder.encode(images.batch(i).to(device)) for i in some])
+        z = torch.cat([autoencoder.encode(images.batch(i, device)) for i in some])
     autoencoder.latent_mean[0], autoencoder.latent_var[0] = z.mean((0, 1)), z.var((0, 1))
     return autoencoder
 
@@ -735,13 +745,12 @@ def latent_reader(autoencoder, images, config, folder, device):
     @torch.no_grad()
     def encode(numbers):
         with autocast(device):
-            return autoencoder.encode(images.batch(numbers).to(device)).float()
+            return autoencoder.encode(images.batch(numbers, device)).float()
     shape = (1 + config.flips) * len(images), *autoencoder.latent_shape
     if config.latents or 4 * math.prod(shape) > 1e9:
-        path = pathlib.Path(config.latents or folder / "latents.npy")
-        return extras().latents_on_disk(path, shape, encode, device)
+        return extras().latent_file(config.latents or folder / "latents.npy", shape, encode, device)
     data = torch.cat([encode(i) for i in tqdm(torch.arange(shape[0]).split(256), "encoding")])
-    return lambda numbers: data[numbers.to(device)]
+    return lambda numbers: data[sent(numbers, device)]
 
 
 def fit_denoiser(config, images, autoencoder, path, device):
@@ -750,7 +759,7 @@ def fit_denoiser(config, images, autoencoder, path, device):
     It learns from latents or, for a SphereEncoder, where autoencoder is None, from images.
     """
     read = (latent_reader(autoencoder, images, config, path.parent, device) if autoencoder else
-            lambda numbers: images.batch(numbers).to(device))
+            lambda numbers: images.batch(numbers, device))
     torch.manual_seed(config.seed)
     labels, pool, ahead = images.labels.repeat(1 + config.flips), ThreadPoolExecutor(1), {}
     model = denoiser_for(config, autoencoder and autoencoder.latent_shape, len(images.classes))
@@ -765,7 +774,7 @@ def fit_denoiser(config, images, autoencoder, path, device):
         chosen = torch.randint(len(labels), (config.batch_size,), generator=generator)
         dropped = torch.rand(len(chosen), generator=generator) < config.label_dropout
         y = labels[chosen].masked_fill(dropped, model.num_classes)
-        return read(chosen[PART]), y[PART].to(device), generator             # [B, ...], [B]
+        return read(chosen[PART]), sent(y[PART], device), generator             # [B, ...], [B]
 
     def losses_of(step):
         x, y, generator = (ahead.pop(step, None) or pool.submit(batch, step)).result()
@@ -774,11 +783,10 @@ def fit_denoiser(config, images, autoencoder, path, device):
             target = spherify(x) if config.sphere_target and not pixels else x
             encode = (lambda images: model.encode_raw(images, y)) if pixels else project
             v = encode(target)                                               # [B, N, C]
-            if device.type != "cpu":                         # so much noise is quicker drawn there
-                generator = seeded(config.seed, step, device)
+            # on a GPU so much noise is quicker drawn there
+            generator = generator if device.type == "cpu" else seeded(config.seed, step, device)
             e = torch.randn(config.batch_size, *v.shape[1:], generator=generator, device=device)
-            angles = (alpha[PART].to(device)
-                      for alpha in sample_angles(config.batch_size, config, generator))
+            angles = [a[PART] for a in sample_angles(config.batch_size, config, generator)]
             return sphere_losses(network, encode, v, target, y, e[PART], *angles, config, vgg)
 
     def draw(average):
@@ -877,7 +885,7 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, angle=math.pi / 2, schedule
     """
     if noise is None:
         shape = [steps] * fresh_noise + [len(labels), *denoiser.latent_shape]
-        noise = torch.randn(shape, generator=generator, device=generator and generator.device)
+        noise = torch.randn(shape, generator=generator, device=(generator or labels).device)
     project, path, null = spherify if sphere else lambda z: z, [], denoiser.num_classes
     if pixels := isinstance(denoiser, SphereEncoder):
         encoder_scale, cfg_scale = cfg_scale ** share, cfg_scale ** (1 - share)
@@ -894,8 +902,9 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, angle=math.pi / 2, schedule
 def seeded_noise(count, latent_shape, seed, draws=1, first=0):
     """Noise [draws, count, N, C]; that of image n = first + i depends on the seed and n alone."""
     generators = [seeded(seed, first + i) for i in range(count)]
-    return torch.stack([torch.stack([torch.randn(latent_shape, generator=generator)
-                                     for generator in generators]) for _ in range(draws)])
+    with ThreadPoolExecutor() as pool:                       # one generator counts on one core
+        return torch.stack([torch.stack([*pool.map(lambda generator: torch.randn(
+            latent_shape, generator=generator), generators)]) for _ in range(draws)])
 
 
 @torch.no_grad()
@@ -1071,8 +1080,8 @@ def train_command(given):
     """Learn the autoencoder and the denoiser, then draw samples and measure them."""
     other = set(given) - {"resume", "device", "data_dir"} or not given.get("resume")
     refuse("resume" in given and other, "--resume RUN: no other flag but --device and --data-dir")
-    usual = given.get("dataset", "folder" if "data_dir" in given else "drawn")
-    config = dataclasses.replace(preset(usual, given.get("method", "sphere-latent")), **given)
+    given.setdefault("dataset", "folder" if "data_dir" in given else "drawn")
+    config = dataclasses.replace(preset(**given), **given)
     print(f"The pictures are in {train(config)}")
 
 
@@ -1080,8 +1089,7 @@ def sample_command(given):
     """Draw images from a checkpoint."""
     wanted, count = given.pop("classes", None), given.pop("count", 8)
     config, autoencoder, denoiser, out = open_checkpoint(given, "sampled.png")
-    classes = denoiser.classes
-    names = [*classes, *map(str, range(len(classes)))]       # a class may be called by its number
+    names = [*(classes := denoiser.classes), *map(str, range(len(classes)))]     # also by number
     with explained(f"--classes {wanted}: choose from {', '.join(classes)}"):
         chosen = [names.index(name) % len(classes) for name in wanted or classes]
     refuse(not 1 <= count <= 100_000 / len(chosen), f"--count {count}: 1 to 100000 in all")
@@ -1093,10 +1101,9 @@ def sample_command(given):
 
 def evaluate_command(given):
     """Fréchet distance of samples to real images at 1, 2, 4 and 6 steps; several runs: a table."""
-    given["checkpoint"], *others = given["checkpoint"]
-    if others:
-        return extras().side_by_side([given.pop("checkpoint"), *others], given)
-    evaluate_run(*open_checkpoint(given, "frechet.csv"))
+    if len(given["checkpoint"]) > 1:
+        return extras().side_by_side(given.pop("checkpoint"), given)
+    evaluate_run(*open_checkpoint({**given, "checkpoint": given["checkpoint"][0]}, "frechet.csv"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -1139,7 +1146,7 @@ def build_parser():
 def main(argv=None):
     """Run one command -> exit code: 0, 2 for what a person can put right, 130 for Ctrl-C."""
     try:
-        WORLD > 1 and dist.init_process_group()
+        WORLD > 1 and dist.init_process_group("cpu:gloo" + ",cuda:nccl" * torch.cuda.is_available())
         if RANK:
             sys.stdout = sys.stderr = open(os.devnull, "w", errors="ignore")
         given = vars(build_parser().parse_args(argv))
@@ -1151,11 +1158,12 @@ def main(argv=None):
     except (UserError, OSError, torch.linalg.LinAlgError) as error:     # the last: nan in samples
         text, code = error, 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if "memory" not in f"{error} {type(error)}".lower() or "illegal" in str(error):
             raise
         text, code = "out of memory: lower --batch-size, --image-size, --model-size or --count", 2
     time.sleep(3 * (RANK > 0))       # where all fail, 0 says so, and torchrun ends the others now
-    print("sphere_latent.py:", *str(text).split(), file=sys.__stderr__ if RANK else sys.stderr)
+    line = " ".join(["sphere_latent.py:", *str(text).split()]) + "\n"     # written at once: whole
+    (sys.__stderr__ if RANK else sys.stderr).write(line)
     return code
 
 

@@ -79,7 +79,7 @@ def run_commands(folder):
         with at_update(pause, lambda: wait_for_ctrl_c(folder)), open(folder / f"codes-{sl.RANK}", "a") as codes:
             codes.write(f"{sl.main(words)} ")
         sys.stdout, sys.stderr = streams
-        dist.init_process_group = lambda: None               # once for all commands
+        dist.init_process_group = lambda _: None               # once for all commands
         sl.summed(torch.zeros(1))
         sl.RANK or print("----", flush=True)
 
@@ -104,7 +104,7 @@ def torchrun(folder, *words):
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
         return subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)],
-            stdout=out, stderr=err, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            stdout=out, stderr=err, start_new_session=True)
 
 
 def ended(process, seconds):
@@ -227,6 +227,17 @@ def test_ctrl_c_in_the_terminal_saves_and_one_process_goes_on(both):
 
 def test_a_run_is_not_overwritten(both):
     assert any("already holds a run" in line for line in said(both[0] / "two"))
+
+
+@pytest.mark.parametrize("cuda, backends", [(False, {"cpu": "gloo"}), (True, {"cpu": "gloo", "cuda": "nccl"})])
+def test_tensors_of_every_device_are_summed(monkeypatch, cuda, backends):
+    """Left to itself, torch takes the GPU's backend alone, which cannot sum what is on the CPU."""
+    asked = []
+    monkeypatch.setattr(sl, "WORLD", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(dist, "init_process_group", asked.append)
+    assert sl.main(["--help"]) == 0
+    assert dist.distributed_c10d.BackendConfig(dist.Backend(asked[0])).get_device_backend_map() == backends
 
 
 def test_an_error_in_one_process_ends_both_and_is_shown(tmp_path):

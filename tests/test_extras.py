@@ -1,6 +1,8 @@
 """The paper's autoencoder, FID, the perceptual loss, other people's data, latents on disk."""
 import dataclasses
+import errno
 import importlib.util
+import os
 import pathlib
 import re
 import shutil
@@ -263,7 +265,7 @@ def test_weights_that_cannot_be_used_end_in_one_line(placed, shallow, offline, t
     said = one_line(capsys)
     assert said.startswith("sphere_latent.py: ") and len(said) < 900 and str(folder) in said and name in said
     if damage is pathlib.Path.unlink:
-        assert "huggingface.co" in said and "--weights-dir" in said and "--autoencoder tiny --image-size 64" in said
+        assert "huggingface.co" in said and "--weights-dir" in said and "--autoencoder tiny" in said
     else:
         assert str(folder / name) in said
     assert not (tmp_path / "run/checkpoint.pt").exists()
@@ -513,7 +515,7 @@ CPU = torch.device("cpu")
 def test_latents_are_written_once_in_half_precision(tmp_path, capsys):
     z, encode, asked = latents_of(600)
     path = tmp_path / "new folder" / "latents.npy"
-    read = extras.latents_on_disk(path, (600, 3, 5), encode, CPU)
+    read = extras.latent_file(path, (600, 3, 5), encode, CPU)
     assert f"{path} will take 0.0 GB" in capsys.readouterr().out
     stored = np.load(path)
     assert stored.dtype == np.float16 and np.array_equal(stored, z.half().numpy())
@@ -521,7 +523,7 @@ def test_latents_are_written_once_in_half_precision(tmp_path, capsys):
     assert torch.equal(read(chosen), z[chosen].half().float()) and read(chosen[::2]).shape == (2, 3, 5)
     assert sorted(set(asked)) == [*range(600)]
     asked.clear()
-    assert torch.equal(extras.latents_on_disk(path, (600, 3, 5), encode, CPU)(chosen), read(chosen))
+    assert torch.equal(extras.latent_file(path, (600, 3, 5), encode, CPU)(chosen), read(chosen))
     assert len(asked) < 10                                          # a few, to compare
     assert "will take" not in capsys.readouterr().out
 
@@ -531,50 +533,74 @@ def test_latents_are_written_once_in_half_precision(tmp_path, capsys):
 def test_a_half_written_file_is_completed(tmp_path, gone):
     z, encode, asked = latents_of(600)
     path = tmp_path / "a.npy"
-    extras.latents_on_disk(path, (600, 3, 5), encode, CPU)
+    extras.latent_file(path, (600, 3, 5), encode, CPU)
     data = np.load(path, mmap_mode="r+")
     data[gone] = 0
     data[gone.stop - 1, 0] = 1                                      # stopped in the middle of a latent
     data.flush()
-    extras.latents_on_disk(path, (600, 3, 5), encode, CPU)
+    extras.latent_file(path, (600, 3, 5), encode, CPU)
     assert np.array_equal(np.load(path), z.half().numpy())
 
 
 def test_latents_of_something_else_are_refused(tmp_path):
     path = tmp_path / "a.npy"
-    extras.latents_on_disk(path, (60, 3, 5), latents_of(60)[1], CPU)
+    extras.latent_file(path, (60, 3, 5), latents_of(60)[1], CPU)
     before = path.read_bytes()
     for shape, seed in (((61, 3, 5), 0), ((60, 5, 3), 0), ((60, 3, 5), 1)):
         with pytest.raises(sl.UserError, match="other images or of another autoencoder.*delete it.*--latents"):
-            extras.latents_on_disk(path, shape, latents_of(shape[0], seed)[1], CPU)
+            extras.latent_file(path, shape, latents_of(shape[0], seed)[1], CPU)
     z, encode, _ = latents_of(60)
     with pytest.raises(sl.UserError, match="another autoencoder"):  # the first image is the same, the others are not
-        extras.latents_on_disk(path, (60, 3, 5), lambda i: torch.where(i.view(-1, 1, 1) > 0, -1, 1) * encode(i), CPU)
+        extras.latent_file(path, (60, 3, 5), lambda i: torch.where(i.view(-1, 1, 1) > 0, -1, 1) * encode(i), CPU)
     assert path.read_bytes() == before
     for wrong in (b"no array", b""):
         path.write_bytes(wrong)
         with pytest.raises(sl.UserError, match="is no file of latents: delete it"):
-            extras.latents_on_disk(path, (60, 3, 5), encode, CPU)
+            extras.latent_file(path, (60, 3, 5), encode, CPU)
     for save, content in ((np.savez, {"a": np.zeros(3)}), (np.save, {"arr": np.zeros((60, 3, 5))})):
         with open(path, "wb") as file:
             save(file, **content)
         with pytest.raises(sl.UserError, match="is no file of latents: delete it"):
-            extras.latents_on_disk(path, (60, 3, 5), encode, CPU)
+            extras.latent_file(path, (60, 3, 5), encode, CPU)
 
 
 def test_without_room_the_autoencoder_runs_in_every_update(tmp_path, capsys, monkeypatch):
     _, encode, _ = latents_of(60)
     path = tmp_path / "a.npy"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
-    assert extras.latents_on_disk(path, (60, 3, 5), encode, CPU) is encode
+    assert extras.latent_file(path, (60, 3, 5), encode, CPU) is encode
     assert "no room" in capsys.readouterr().out and not path.exists()
     np.lib.format.open_memmap(path, "w+", np.float16, (60_000, 3, 5))             # begun, and nearly all still to come
-    assert extras.latents_on_disk(path, (60_000, 3, 5), encode, CPU) is encode
+    assert extras.latent_file(path, (60_000, 3, 5), encode, CPU) is encode
     path.unlink()
     monkeypatch.undo()
-    extras.latents_on_disk(path, (60, 3, 5), encode, CPU)
+    extras.latent_file(path, (60, 3, 5), encode, CPU)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=0))      # a full file needs no room
-    assert extras.latents_on_disk(path, (60, 3, 5), encode, CPU) is not encode
+    assert extras.latent_file(path, (60, 3, 5), encode, CPU) is not encode
+
+
+def test_a_quota_that_ends_before_the_disk_is_no_room(tmp_path, capsys, monkeypatch):
+    """Written to without its room, a mapped file would end the process with a bus error."""
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    _, encode, _ = latents_of(60)
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    assert extras.latent_file(tmp_path / "a.npy", (60, 3, 5), encode, CPU) is encode
+    assert "no room" in capsys.readouterr().out and not [*tmp_path.iterdir()]
+
+
+def test_a_new_file_has_its_room(tmp_path):
+    _, encode, _ = latents_of(60_000)
+    stop = [0]
+
+    def interrupted(numbers):
+        stop.append(1)
+        if len(stop) > 3:
+            raise KeyboardInterrupt
+        return encode(numbers)
+    with pytest.raises(KeyboardInterrupt):
+        extras.latent_file(tmp_path / "a.npy", (60_000, 3, 5), interrupted, CPU)
+    assert 512 * (tmp_path / "a.npy").stat().st_blocks >= 2 * 60_000 * 15
 
 
 # 6. data
@@ -621,6 +647,9 @@ def test_folders_train_and_val(tmp_path, capsys, dataset, classes):
     assert train.labels.bincount().tolist() == [3] * len(classes)
     assert test.labels.bincount().tolist() == [2] * len(classes)
     assert train[0][0].shape == (3, 256, 256)
+    (tmp_path / "val" / classes[0]).rename(tmp_path / "val/other")
+    with pytest.raises(sl.UserError, match=f"val is not {dataset}, with other in it"):
+        sl.load_images(config, "test")
     shutil.rmtree(tmp_path / "val")
     words = ["train", "--dataset", dataset, "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
     assert sl.main([*words, "--features", "untrained"]) == 2
@@ -631,7 +660,7 @@ def test_folders_train_and_val(tmp_path, capsys, dataset, classes):
 
 def test_absent_weights_of_inception_are_said_before_the_training(tmp_path, offline, capsys):
     pictures(tmp_path / "train/cat", 4), pictures(tmp_path / "val/cat", 4)
-    words = ["--data-dir", str(tmp_path), "--autoencoder", "tiny", "--image-size", "64", "--out", str(tmp_path / "run")]
+    words = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
     assert sl.main(["train", "--dataset", "animal-faces", *words]) == 2
     assert "pt_inception" in (said := one_line(capsys)) and "--weights-dir" in said and "--features untrained" in said
 
@@ -642,10 +671,12 @@ def test_presets_of_the_paper():
         config = sl.preset(name)
         assert (config.autoencoder, config.image_size, config.model_size) == ("dinov2-b", 256, size)
         assert config.train_steps == steps and config.features == "inception"
+        plain = dataclasses.asdict(sl.preset(name, autoencoder="tiny"))
+        assert plain == {**dataclasses.asdict(sl.preset("folder")), "dataset": name}
     assert sl.preset("flowers").eval_samples % 102 == sl.preset("imagenet").eval_samples % 1000 == 0
 
 
-def test_images_too_many_for_memory_stay_in_their_files(tmp_path, monkeypatch):
+def test_images_too_many_for_memory_stay_in_their_files(tmp_path, monkeypatch, capsys):
     pictures(tmp_path / "b", 4), pictures(tmp_path / "a", 5)
     config = sl.Config(dataset="folder", data_dir=str(tmp_path), image_size=16, patch_size=8)
     whole = sl.load_images(config, "train")
@@ -656,10 +687,13 @@ def test_images_too_many_for_memory_stay_in_their_files(tmp_path, monkeypatch):
     numbers = torch.tensor([0, 9, 3, 3, 13])
     assert torch.equal(lazy.batch(numbers), whole.batch(numbers)) and lazy[1][1] == whole[1][1]
     assert torch.equal(lazy[1][0], whole[1][0])
-    path = lazy.pixels.paths[2]
-    path.write_text("no picture")
-    with pytest.raises(sl.UserError, match=f"{path} cannot be read"):
-        lazy.batch(torch.tensor([1, 2]))
+    for number in (2, 6):
+        lazy.pixels.paths[number].write_text("no picture")
+    for _ in range(2):                                              # the next takes its place
+        assert torch.equal(lazy.batch(torch.tensor([1, 2])), whole.batch(torch.tensor([1, 3])))
+    assert capsys.readouterr().err.count(f"skipped {lazy.pixels.paths[2]} (Unidentified") == 1
+    with pytest.raises(sl.UserError, match=f"2 of 7 images cannot be read; see {lazy.pixels.paths[6].parent}"):
+        lazy.batch(torch.tensor([6]))
 
 
 def test_a_run_on_images_that_stay_in_their_files(tmp_path, monkeypatch, no_pictures):

@@ -76,8 +76,8 @@ def same(a, b):
 
 
 def start(code, *words, **environment):
-    """A new process that has imported the file, with a small denoiser, on one thread as the tests themselves."""
-    prelude = f"import sys, sphere_latent as sl; sl.MODEL_SIZES['tiny'] = {SMALLEST}; sl.torch.set_num_threads(1)\n"
+    """A new process that has imported the file, with a small denoiser."""
+    prelude = f"import sys, sphere_latent as sl; sl.MODEL_SIZES['tiny'] = {SMALLEST}\n"
     words = [os.fsdecode(word) if isinstance(word, bytes) else str(word) for word in words]
     return subprocess.Popen([sys.executable, "-c", prelude + code, *words], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
@@ -635,9 +635,33 @@ def test_out_of_memory_is_one_line_that_names_the_batch_size(made, tmp_path, mon
     assert "--batch-size" in refused(capsys, "train", *made[2], "--out", tmp_path / "run")
 
 
+def test_what_only_sounds_like_memory_is_not_taken_for_it(made, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(sl, "sphere_losses", broken)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        command("train", *made[2], "--out", tmp_path / "run")
+
+
+def test_out_of_memory_while_a_checkpoint_is_read_does_not_call_it_damaged(made, tmp_path, monkeypatch, capsys):
+    def greedy(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(sl.Denoiser, "load_state_dict", greedy)
+    assert "out of memory" in refused(capsys, "sample", "--checkpoint", made[1], "--out", tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("pace, days", [(30, 0), (60_000, 6)])
+def test_a_run_of_days_says_so_after_ten_updates(made, tmp_path, monkeypatch, capsys, pace, days):
+    real = sl.tqdm.format_dict.fget
+    monkeypatch.setattr(sl.tqdm, "format_dict", property(lambda bar: {**real(bar), "elapsed": pace}))
+    assert command("train", *made[2], "--train-steps", 80, "--out", tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert said.count(f"80 updates, at the pace of the first ten: {days} days") == (days > 0)
+
+
 @pytest.mark.parametrize("words", [
     "--max-angle 0 --small-ratio 0 --label-dropout 1 --learning-rate 0 --ema-decay 0 --cfg-scale 0 "
-    "--tilt 0 --noise-mean -100 --reconstruction-weight 0 --consistency-weight 0 --latent-consistency-weight 0",
+    "--tilt 0 --noise-mean -100 --noise-std 0 --reconstruction-weight 0 --consistency-weight 0 --latent-consistency-weight 0",
     "--no-spherify --no-flips --no-fresh-noise --tilt-schedule fixed --save-every 1 --eval-samples 2",
     "--noise-distribution uniform-tangent --max-angle 89 --steps 1 --batch-size 1 --patch-size 1 --latent-channels 3 "
     "--image-size 2 --autoencoder-width 4"])
@@ -924,10 +948,10 @@ def test_slerp_between_near_and_opposite_points_is_finite(seed, t, near):
 
 
 @given(seeds, st.sampled_from(["logit-normal", "uniform", "uniform-tangent"]), st.floats(0, 89), st.floats(0, 1),
-       st.floats(-100, 1e11))
+       st.floats(-100, 1e11), st.floats(0, 1e11))
 @quietly
-def test_angles_stay_in_their_range_for_every_setting(seed, name, largest, ratio, mean):
-    config = sl.Config(noise_distribution=name, max_angle=largest, small_ratio=ratio, noise_mean=mean)
+def test_angles_stay_in_their_range_for_every_setting(seed, name, largest, ratio, mean, std):
+    config = sl.Config(noise_distribution=name, max_angle=largest, small_ratio=ratio, noise_mean=mean, noise_std=std)
     small, large = sl.sample_angles(64, config, torch.Generator().manual_seed(seed))
     assert (0 <= small).all() and (small <= large + 1e-6).all() and (large <= math.radians(largest) + 1e-5).all()
 
