@@ -26,6 +26,8 @@ TRAINING = {
     "latent consistency off": {"latent_consistency_weight": 0.0},
     "spherify off": {"spherify": False},
     "logit-normal, mean 0": {"noise_mean": 0.0},
+    "logit-normal, deviation 2": {"noise_std": 2.0},
+    "logit-normal, deviation 0.5": {"noise_std": 0.5},
     "uniform angles": {"noise_distribution": "uniform"},
     "uniform tangent (85 deg)": {"noise_distribution": "uniform-tangent", "max_angle": 85.0},
     "EMA off": {"ema_decay": 0.0},

@@ -84,7 +84,7 @@ def predecessor(small, tmp_path_factory):
 
 def pytest_configure(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)     # as in a terminal; a job in the background ignores it
-    config.addinivalue_line("markers", "slow: minutes, not seconds; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "slow: runs of the real size, other processes, attempts to break it; leave out: -m 'not slow'")
 
 
 def pytest_collection_modifyitems(items):

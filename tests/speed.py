@@ -6,6 +6,7 @@
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import pathlib
 import resource
@@ -69,12 +70,23 @@ def seconds(step, device, count):
     return (time.time() - began) / count
 
 
+def flops(config):
+    """Of both views of one image, forward and backward; blocks that are computed twice count once."""
+    with torch.device("meta"):
+        denoiser = sl.denoiser_for(config, (256, 768), 1000)
+        views, labels = torch.empty(2, 256, 768), torch.zeros(2, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        denoiser(views, labels).sum().backward()
+    return counter.get_total_flops()
+
+
 def paper(size, batch, name, compile, count, peak):
     """A training step and 4-step samples at the paper's sizes: 256 tokens of 768 channels, 1,000 classes, and RAE's decoder."""
     config, device = dataclasses.replace(sl.Config(), model_size=size, batch_size=batch), sl.resolve_device(name)
     torch.manual_seed(0)
     denoiser = sl.denoiser_for(config, (256, 768), 1000).to(device)
     optimiser = torch.optim.Adam(denoiser.parameters(), 1e-4, fused=True)
+    average = copy.deepcopy(denoiser).requires_grad_(False)
     network = torch.compile(denoiser) if compile else denoiser
     z, e = torch.randn(2, batch, 256, 768, device=device)
     labels = torch.randint(1000, (batch,), device=device)
@@ -89,10 +101,9 @@ def paper(size, batch, name, compile, count, peak):
         loss().backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimiser.step()
+        torch._foreach_lerp_([*average.parameters()], [weight.detach() for weight in denoiser.parameters()], 0.0005)
     took = seconds(step, device, count)
-    with FlopCounterMode(display=False) as counter:
-        denoiser(torch.cat([z, e]), labels.repeat(2)).sum().backward()
-    rate = counter.get_total_flops() / took / 1e12
+    rate = batch * flops(config) / took / 1e12
     share = f", {100 * rate / peak:.0f}% of {peak:g}" if peak else ""
     print(f"SiT-{size}/1, training, batch {batch}: {took:.3f} s an update, {batch / took:.1f} images/s, {rate:.2f} TFLOP/s{share}")
     if device.type == "cuda":

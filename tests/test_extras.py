@@ -810,6 +810,7 @@ class StandIn(nn.Module):
         return F.interpolate(x.float(), (256, 256)).clamp(0, 1)
 
 
+@pytest.mark.slow
 def test_the_published_autoencoder_in_a_run_stays_outside_of_it(tmp_path, monkeypatch, capsys, few_features):
     monkeypatch.setattr(extras, "RAE", StandIn)
     out, data = tmp_path / "run", pictures(tmp_path / "data", 12)

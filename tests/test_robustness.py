@@ -28,6 +28,7 @@ from PIL import Image
 import extras
 import sphere_latent as sl
 
+pytestmark = pytest.mark.slow
 TINY = ("--image-size 16 --patch-size 8 --latent-channels 8 --autoencoder-width 32 --autoencoder-depth 1 "
         "--autoencoder-steps 4 --train-steps 4 --batch-size 4 --eval-samples 8 --device cpu").split()
 SMALLEST = (32, 1, 1)                                          # width, depth, heads of the denoiser

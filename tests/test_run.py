@@ -230,6 +230,7 @@ def test_import_is_quick_and_without_side_effects(tmp_path):
     assert time.time() - began < 12 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_file_alone_runs_the_default_and_says_when_it_needs_the_other(tmp_path):
     shutil.copy(ROOT / "sphere_latent.py", tmp_path)
     code = ("import sys, sphere_latent as sl; few = sys.argv[1:]\n"
