@@ -59,23 +59,28 @@ IN_MEMORY = 8e9                                              # bytes of pixels; 
 class ImageFiles:
     """In the place of pixels that are too many for memory: [numbers] reads those files."""
 
-    def __init__(self, paths, size):
-        self.paths, self.size, self.pool, self.bad = paths, size, ThreadPoolExecutor(), set()
+    def __init__(self, paths, labels, size):
+        self.paths, self.labels, self.size = list(paths), labels, size
+        self.pool, self.bad = ThreadPoolExecutor(), set()
 
     def __getitem__(self, chosen):
         return torch.stack([*self.pool.map(self.read, chosen)])              # [B, 3, size, size]
 
     def read(self, number):
-        """That image; in the place of an unreadable one, which is named, the next."""
-        path = self.paths[number]
-        try:
-            return open_image(path, self.size)
-        except Exception as error:                           # image decoders raise anything at all
-            path in self.bad or skipped(path, error)
-            self.bad.add(path)
-            refuse(len(self.bad) > max(1, len(self.paths) // 100),
-                   f"{len(self.bad)} of {len(self.paths)} images cannot be read; see {path.parent}")
-            return self.read((number + 1) % len(self.paths))
+        """That image; in the place of a broken one, which is named, the next of its class."""
+        number, n = int(number), len(self.paths)
+        while path := self.paths[number]:
+            try:
+                return open_image(path, self.size)
+            except Exception as error:                       # image decoders raise anything at all
+                refuse(getattr(error, "errno", None), f"{error}; once it can be read, --resume")
+                path in self.bad or skipped(path, error)
+                self.bad.add(path)
+            same = (self.paths[i % n] for i in range(number + 1, number + n)
+                    if self.labels[i % n] == self.labels[number])
+            self.paths[number] = next((other for other in same if other not in self.bad), "")
+            refuse(not self.paths[number] or len(self.bad) > max(1, n // 100),
+                   f"{len(self.bad)} of {n} images cannot be read; see {path.parent}")
 
 
 def open_image(path, size):
@@ -108,7 +113,7 @@ def read_images(paths, labels, classes, size):
     More than 8 GB are not read now, but when they are asked for.
     """
     if 3 * size ** 2 * len(paths) > IN_MEMORY:
-        return Images(ImageFiles(paths, size), labels, classes)
+        return Images(ImageFiles(paths, labels, size), labels, classes)
 
     def read(path):
         try:
@@ -144,7 +149,7 @@ def found_images(config, split):
     images = images_of(config, split)
     if config.features == "inception" and split == "train":  # if absent, said before the training
         published(INCEPTION, config.weights_dir,
-                  "; --features untrained --eval-samples 2000, or --autoencoder tiny, needs none")
+                  "; --features untrained --eval-samples 2000 needs none")
     size = 4 * 12 * config.eval_samples * config.image_size ** 2             # at four step counts
     refuse(config.features == "untrained" and size > 2e10,
            f"--features untrained keeps {size / 1e9:.0f} GB of samples: lower --eval-samples")
@@ -180,8 +185,10 @@ def images_of(config, split):
     owners = [os.fsencode((*n.parts[:-1], root.name)[0]).decode(errors="replace") for n in names]
     classes, tenth = sorted(set(owners)), max(2, len(names) // 10)
     if config.dataset in CLASSES:                            # another one's train and val, say
-        wrong = [name for name in classes if not re.fullmatch(CLASSES[config.dataset], name)]
-        refuse(wrong, f"{root} is not {config.dataset}, with {', '.join(wrong[:3])} in it: {needs}")
+        wrong = {name for name in classes if not re.fullmatch(CLASSES[config.dataset], name)}
+        refuse(root.name in wrong, f"{root} has images in no folder of a class: {needs}")
+        refuse(wrong, f"{root} is not {config.dataset}, with {min(wrong, default='')} in it: "
+               f"{needs}")
     numbers = {name: number for number, name in enumerate(classes)}
     chosen = sorted(range(len(names)), key=lambda i: zlib.crc32(os.fsencode(names[i])))
     if config.dataset == "folder":
@@ -194,8 +201,10 @@ def images_of(config, split):
 def first_alone():
     """Process 0 does what is inside before the others: it fetches, they find it there."""
     RANK and summed(torch.zeros(1))
-    yield
-    RANK or summed(torch.zeros(1))
+    try:
+        yield
+    finally:
+        RANK or summed(torch.zeros(1))
 
 
 def flower_files(root):
@@ -437,9 +446,12 @@ def perceptual_distance(config, device):
     if not config.perceptual_weight:
         return None
     try:
-        return VGGDistance(published(VGG, config.weights_dir)).to(device)
+        path = published(VGG, config.weights_dir)
     except Missing as error:
+        path = None
         print(f"Sphere Encoder learns without its perceptual loss: {error}")
+    if not summed(torch.tensor(float(path is None))):        # all processes have it, or none
+        return VGGDistance(path).to(device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -571,9 +583,11 @@ def latent_file(path, shape, encode, device):
             print(f"{path} will take {size / 1e9:.1f} GB")
             np.lib.format.open_memmap(path, "w+", np.float16, shape)
         try:
-            with open(path, "r+b") as file, contextlib.suppress(AttributeError):       # no Windows
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        except OSError as error:                             # others: the disk cannot, or no file
+            with open(path, "r+b") as file, contextlib.suppress(AttributeError):  # not Linux
+                whole, piece = os.fstat(file.fileno()).st_size, 2 ** 30
+                for start in tqdm(range(0, whole, piece), "room", leave=False):
+                    os.posix_fallocate(file.fileno(), start, min(piece, whole - start))
+        except OSError as error:                             # others: the disk cannot do this
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             full and new and path.unlink()
     if summed(torch.tensor([float(full)])):                  # all do the same

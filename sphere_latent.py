@@ -192,7 +192,7 @@ class Config:
 def preset(dataset, method="sphere-latent", autoencoder="", **_):
     """The Config that a data set and a method start from; those of the paper are in extras.py.
 
-    With autoencoder "tiny" the paper's data sets are taken as any folder of images.
+    With autoencoder "tiny" the paper's data sets have the settings of any folder of images.
     """
     start = {"drawn": {}, "folder": dict(train_steps=9000, autoencoder_steps=4000, cfg_scale=3.0),
              "cifar10": dict(image_size=32, patch_size=4, latent_channels=16, model_size="S"),
@@ -694,8 +694,10 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
                 log = log or [["step", *losses, "seconds"]]
                 log.append([step + 1, *means, time.time() - began])
                 bar.set_postfix_str(" ".join(f"{k} {x:.3f}" for k, x in zip(losses, means)))
-            if step - first == 9 and (days := bar.format_dict["elapsed"] * steps / 864000) > 1:
-                tqdm.write(f"{steps} updates, at the pace of the first ten: {days:.0f} days or so")
+            # the first update may compile: the time to go is counted from the others
+            bar.start_t = time.time() if step == first else bar.start_t
+            if step - first == 9 and (days := bar.format_dict["elapsed"] * steps / 777600) > 1:
+                tqdm.write(f"{steps} updates, at the pace of the first: about {days:.1f} days")
             if save or step % 10 == 9 and stop:
                 state = {name: part.state_dict() for name, part in parts.items()} | keep
                 state |= {"step": step + 1, "log": log, "config": dataclasses.asdict(config)}
@@ -789,12 +791,11 @@ def fit_denoiser(config, images, autoencoder, path, device):
             angles = [a[PART] for a in sample_angles(config.batch_size, config, generator)]
             return sphere_losses(network, encode, v, target, y, e[PART], *angles, config, vgg)
 
-    def draw(average):
-        figure = path.with_name("samples.png")
-        sample_figure(average, autoencoder or average, images.classes, config, figure)
     own = isinstance(autoencoder, TinyRAE)                   # the published one is not copied
     keep = {"autoencoder": autoencoder.state_dict() if own else {}, "classes": images.classes}
-    return optimise(model, losses_of, config.train_steps, config, path, keep, draw)
+    steps, figure = config.train_steps, path.with_name("samples.png")
+    return optimise(model, losses_of, steps, config, path, keep, lambda average: sample_figure(
+        average, autoencoder or average, images.classes, config, figure))
 
 
 def train(config):

@@ -45,13 +45,14 @@ def whole(small):
 
 @pytest.fixture(scope="session")
 def default_run(tmp_path_factory):
-    """The command of the README, started and not waited for -> (process, folder, which gets out and err too)."""
+    """The command of the README, on one thread, started and not waited for -> (process, its folder, with out and err)."""
     folder = tmp_path_factory.mktemp("default")
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
         process = subprocess.Popen([sys.executable, str(ROOT / "sphere_latent.py"), "train", *UPDATES],
                                    cwd=folder, stdout=out, stderr=err)
     yield process, folder
     process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="session", autouse=True)

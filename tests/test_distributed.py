@@ -16,10 +16,12 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, SMALL
+from PIL import Image
 
 import sphere_latent as sl
 
@@ -245,6 +247,17 @@ def test_an_error_in_one_process_ends_both_and_is_shown(tmp_path):
     assert ended(process, 60) == 1
     assert (tmp_path / "err").read_text().count("ZeroDivisionError: division by zero") == 1
     assert not list((tmp_path / "run").glob("c*"))
+
+
+def test_without_the_perceptual_network_both_go_on(tmp_path):
+    (tmp_path / "vgg16-397923af.pth").write_text("damaged")
+    (tmp_path / "images").mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"images/{i}.png")
+    process = torchrun(tmp_path, ROOT / "sphere_latent.py", *PIXELS, "--train-steps", 2, "--dataset", "folder", "--out",
+                       tmp_path / "run", "--data-dir", tmp_path / "images", "--weights-dir", tmp_path)
+    assert ended(process, 120) == 0 and (tmp_path / "run/checkpoint.pt").exists()
+    assert (tmp_path / "out").read_text().count("learns without its perceptual loss") == 1
 
 
 def test_the_file_itself_refuses_in_one_line(tmp_path):

@@ -687,13 +687,19 @@ def test_images_too_many_for_memory_stay_in_their_files(tmp_path, monkeypatch, c
     numbers = torch.tensor([0, 9, 3, 3, 13])
     assert torch.equal(lazy.batch(numbers), whole.batch(numbers)) and lazy[1][1] == whole[1][1]
     assert torch.equal(lazy[1][0], whole[1][0])
-    for number in (2, 6):
-        lazy.pixels.paths[number].write_text("no picture")
-    for _ in range(2):                                              # the next takes its place
-        assert torch.equal(lazy.batch(torch.tensor([1, 2])), whole.batch(torch.tensor([1, 3])))
-    assert capsys.readouterr().err.count(f"skipped {lazy.pixels.paths[2]} (Unidentified") == 1
-    with pytest.raises(sl.UserError, match=f"2 of 7 images cannot be read; see {lazy.pixels.paths[6].parent}"):
-        lazy.batch(torch.tensor([6]))
+    first, last = lazy.pixels.paths[0], lazy.pixels.paths[6]
+    last.write_text("no picture")
+    other = [i for i in range(7) if lazy.labels[i] == lazy.labels[6]][0]
+    assert other > 0
+    for _ in range(2):                                              # the next of its class takes its place
+        assert torch.equal(lazy.batch(torch.tensor([1, 6])), whole.batch(torch.tensor([1, other])))
+    assert capsys.readouterr().err.count(f"skipped {last} (Unidentified") == 1
+    first.write_text("no picture")
+    with pytest.raises(sl.UserError, match=f"2 of 7 images cannot be read; see {first.parent}"):
+        lazy.batch(torch.tensor([0]))
+    (gone := lazy.pixels.paths[3]).unlink()                         # of the disk, not of the image
+    with pytest.raises(sl.UserError, match=f"No such file.*{gone}.*--resume"):
+        lazy.batch(torch.tensor([3]))
 
 
 def test_a_run_on_images_that_stay_in_their_files(tmp_path, monkeypatch, no_pictures):
