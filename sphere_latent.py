@@ -694,8 +694,7 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
                 log = log or [["step", *losses, "seconds"]]
                 log.append([step + 1, *means, time.time() - began])
                 bar.set_postfix_str(" ".join(f"{k} {x:.3f}" for k, x in zip(losses, means)))
-            # the first update may compile: the time to go is counted from the others
-            bar.start_t = time.time() if step == first else bar.start_t
+            step == first and bar.unpause()                  # it may compile: the others count
             if step - first == 9 and (days := bar.format_dict["elapsed"] * steps / 777600) > 1:
                 tqdm.write(f"{steps} updates, at the pace of the first: about {days:.1f} days")
             if save or step % 10 == 9 and stop:
