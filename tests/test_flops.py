@@ -14,6 +14,8 @@ from conftest import ROOT
 
 import sphere_latent as sl
 
+pytestmark = pytest.mark.slow
+
 
 def teraflops(network, *inputs):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
