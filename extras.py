@@ -5,7 +5,7 @@
                    (arXiv 2510.11690)
   InceptionFID     the features in which a Fréchet distance is an FID
   VGGDistance      the perceptual loss of Sphere Encoder
-  latent_file  latents too many for memory
+  latent_file      latents too many for memory
   slerp            the way from one point of the sphere to another
   add_commands     reconstruct and edit; side_by_side is for evaluate with several runs
 

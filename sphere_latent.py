@@ -192,7 +192,8 @@ class Config:
 def preset(dataset, method="sphere-latent", autoencoder="", **_):
     """The Config that a data set and a method start from; those of the paper are in extras.py.
 
-    With autoencoder "tiny" the paper's data sets have the settings of any folder of images.
+    With autoencoder "tiny" the paper's data sets have the settings of any folder of images. All
+    flags of train may be given; the others change nothing here.
     """
     start = {"drawn": {}, "folder": dict(train_steps=9000, autoencoder_steps=4000, cfg_scale=3.0),
              "cifar10": dict(image_size=32, patch_size=4, latent_channels=16, model_size="S"),
@@ -271,6 +272,11 @@ def draw_flowers(labels, size, generator):
     dome = disc * shade * (1.12 - .45 * (r / centre).clamp(0, 1) ** 2)
     image = torch.lerp(image, dome, cover((centre - r) * radius))
     return F.avg_pool2d((image * uniform(.8, 1.15)).clamp(0, 1), 2)
+
+
+def sent(x, device):
+    """x on the device; to a GPU from pinned memory: nothing waits for what it computes just now."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class Images(torch.utils.data.Dataset):
@@ -607,11 +613,6 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=pays.get(device.type, False))
 
 
-def sent(x, device):
-    """x on the device; to a GPU from pinned memory: nothing waits for what it computes just now."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
 def seeded(seed, number, device="cpu"):
     """The generator of update, or of image, `number`: a resumed run needs no generator state."""
     return torch.Generator(device).manual_seed(seed * 1_000_003 + number)    # a prime: seeds apart
@@ -694,8 +695,8 @@ def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average
                 log = log or [["step", *losses, "seconds"]]
                 log.append([step + 1, *means, time.time() - began])
                 bar.set_postfix_str(" ".join(f"{k} {x:.3f}" for k, x in zip(losses, means)))
-            step == first and bar.unpause()                  # it may compile: the others count
-            if step - first == 9 and (days := bar.format_dict["elapsed"] * steps / 777600) > 1:
+            step == first and bar.unpause()                  # it may compile: the clock starts now
+            if step - first == 9 and (days := bar.format_dict["elapsed"] * steps / 9 / 86400) > 1:
                 tqdm.write(f"{steps} updates, at the pace of the first: about {days:.1f} days")
             if save or step % 10 == 9 and stop:
                 state = {name: part.state_dict() for name, part in parts.items()} | keep
@@ -720,7 +721,7 @@ def fit_autoencoder(config, images, path, device):
         generator = seeded(config.seed, step)
         chosen = torch.randint(len(images), (config.batch_size,), generator=generator)
         mirrored = torch.rand(len(chosen), generator=generator) < 0.5 * config.flips
-        x = images.batch((chosen + len(images) * mirrored)[PART], device)     # [B, 3, H, W]
+        x = images.batch((chosen + len(images) * mirrored)[PART], device)    # [B, 3, H, W]
         with autocast(device):
             z = autoencoder.encode_raw(x)                    # of size 1, noise about half of it
             sigma = 0.5 * torch.randn(len(chosen), 1, 1, generator=generator).abs()
@@ -775,7 +776,7 @@ def fit_denoiser(config, images, autoencoder, path, device):
         chosen = torch.randint(len(labels), (config.batch_size,), generator=generator)
         dropped = torch.rand(len(chosen), generator=generator) < config.label_dropout
         y = labels[chosen].masked_fill(dropped, model.num_classes)
-        return read(chosen[PART]), sent(y[PART], device), generator             # [B, ...], [B]
+        return read(chosen[PART]), sent(y[PART], device), generator          # [B, ...], [B]
 
     def losses_of(step):
         x, y, generator = (ahead.pop(step, None) or pool.submit(batch, step)).result()
@@ -1158,7 +1159,7 @@ def main(argv=None):
     except (UserError, OSError, torch.linalg.LinAlgError) as error:     # the last: nan in samples
         text, code = error, 2
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in f"{error} {type(error)}".lower() or "illegal" in str(error):
+        if not any(x in f"{error} {type(error)}" for x in ("MemoryError", "of memory", "allocate")):
             raise
         text, code = "out of memory: lower --batch-size, --image-size, --model-size or --count", 2
     time.sleep(3 * (RANK > 0))       # where all fail, 0 says so, and torchrun ends the others now

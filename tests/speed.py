@@ -70,14 +70,14 @@ def seconds(step, device, count):
     return (time.time() - began) / count
 
 
-def flops(config):
-    """Of both views of one image, forward and backward; blocks that are computed twice count once."""
+def cost(config, shape=(256, 768), classes=1000):
+    """-> parameters; FLOPs of both views of an image, forward and backward (a block that is computed twice counts once)."""
     with torch.device("meta"):
-        denoiser = sl.denoiser_for(config, (256, 768), 1000)
-        views, labels = torch.empty(2, 256, 768), torch.zeros(2, dtype=torch.long)
+        denoiser = sl.denoiser_for(config, shape, classes)
+        views, labels = torch.empty(2, *shape), torch.zeros(2, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         denoiser(views, labels).sum().backward()
-    return counter.get_total_flops()
+    return sum(p.numel() for p in denoiser.parameters()), counter.get_total_flops()
 
 
 def paper(size, batch, name, compile, count, peak):
@@ -103,7 +103,7 @@ def paper(size, batch, name, compile, count, peak):
         optimiser.step()
         torch._foreach_lerp_([*average.parameters()], [weight.detach() for weight in denoiser.parameters()], 0.0005)
     took = seconds(step, device, count)
-    rate = batch * flops(config) / took / 1e12
+    rate = batch * cost(config)[1] / took / 1e12
     share = f", {100 * rate / peak:.0f}% of {peak:g}" if peak else ""
     print(f"SiT-{size}/1, training, batch {batch}: {took:.3f} s an update, {batch / took:.1f} images/s, {rate:.2f} TFLOP/s{share}")
     if device.type == "cuda":

@@ -81,7 +81,7 @@ def run_commands(folder):
         with at_update(pause, lambda: wait_for_ctrl_c(folder)), open(folder / f"codes-{sl.RANK}", "a") as codes:
             codes.write(f"{sl.main(words)} ")
         sys.stdout, sys.stderr = streams
-        dist.init_process_group = lambda _: None               # once for all commands
+        dist.init_process_group = lambda _: None             # once for all commands
         sl.summed(torch.zeros(1))
         sl.RANK or print("----", flush=True)
 
