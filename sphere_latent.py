@@ -1,368 +1,669 @@
 """Sphere Latent Encoder (SLE) in one file: images from random points on a sphere, in a few steps.
 
-The method, after "Efficient Image Synthesis with Sphere Latent Encoder" (arXiv 2605.15592):
-  1. A frozen autoencoder turns an image into a latent z of N tokens with C channels.
-  2. Spherify, f(z): divide by the root mean square. Every v = f(z) then has the norm sqrt(N C).
-  3. Noise e ~ N(0, I) tilts v by an angle alpha: f(cos(alpha) v + sin(alpha) e). Two views share
-     one e: v_small at a small angle, v_large at a large one.
-  4. A transformer, the denoiser, goes from a noisy point back to z_hat. It has three losses:
-       reconstruction      z_hat_small is z                      (little noise: come back)
-       consistency         z_hat_large is z_hat_small            (much noise: land where little did)
-       latent consistency  f(z_hat_large) points where v points  (1 - cosine)
-  5. To draw an image: v = f(e), z_hat = denoise(v); then, for each further step, tilt f(z_hat)
-     back into noise, by a smaller angle each time, and denoise again. Decode the last z_hat, once.
+The method of "Efficient Image Synthesis with Sphere Latent Encoder" (arXiv 2605.15592):
 
-Sphere Encoder, the predecessor (arXiv 2602.15030), has the same losses and no frozen autoencoder:
-its encoder and decoder learn together, on pixels, and both run in every step. It is here as well,
-as the baseline: sphere_losses, fit_denoiser and sample serve both, SphereEncoder is its model.
+  1. A frozen autoencoder turns an image into a latent z: N tokens with C channels each.
+  2. Spherify, f(z), divides z by its root mean square. All points v = f(z) have the same norm,
+     sqrt(N C): they lie on a sphere.
+  3. Noise e ~ N(0, I) tilts a point by an angle alpha: f(cos(alpha) v + sin(alpha) e). In training
+     there are two views with the same e: v_small (small angle) and v_large (large angle).
+  4. A transformer, the denoiser, maps a noisy point to an estimate z_hat of the clean latent.
+     It is trained with three losses:
+       reconstruction      z_hat_small should equal z
+       consistency         z_hat_large should equal z_hat_small   (no gradient to z_hat_small)
+       latent consistency  f(z_hat_large) should point where v points   (1 - cosine)
+  5. To generate, start at a random point f(e) and denoise it. For each further step, tilt f(z_hat)
+     back into noise, by a smaller angle every time, and denoise again. Decode the last z_hat.
 
-Commands, from the smallest:
-  python sphere_latent.py train                                  5 to 18 minutes, two cores, offline
-  python sphere_latent.py sample --checkpoint runs/drawn --classes poppy daisy --out flowers.png
+Sphere Encoder, the predecessor (arXiv 2602.15030), uses the same losses on pixels. It has no frozen
+autoencoder: its encoder and decoder are trained together, and both run in every step. It is section
+10 of this file and serves as the baseline.
+
+Commands, from the smallest to the largest:
+  python sphere_latent.py train                                   drawn flowers, CPU, offline
+  python sphere_latent.py sample --checkpoint runs/drawn --classes poppy daisy
   python sphere_latent.py evaluate --checkpoint runs/drawn
-  python sphere_latent.py train --method sphere-encoder --out runs/pixels    the predecessor
-  python sphere_latent.py train --dataset folder --data-dir PATH             your own images
-  python sphere_latent.py train --dataset flowers                            the paper's setting
-  torchrun --nproc-per-node 8 sphere_latent.py train --dataset imagenet
-
-This file alone runs the default. What that does not need is in extras.py beside it: images and
-networks of others, with the paper's RAE; FID, latents on disk, edit and reconstruct.
+  python sphere_latent.py train --method sphere-encoder --out runs/predecessor
+  python sphere_latent.py train --dataset folder --data-dir PATH  your own images
+  python sphere_latent.py train --dataset flowers                 the paper's small setting, GPU
+  torchrun --nproc-per-node 8 sphere_latent.py train --dataset imagenet --data-dir PATH
 
 Contents: 1 Configuration, 2 Images, 3 The transformer, 4 Frozen autoencoders, 5 The sphere,
-6 The three losses, 7 Training, 8 Sampling, 9 Evaluation, 10 Figures, 11 Command line.
+6 The three losses, 7 Training, 8 Sampling, 9 FID, 10 Sphere Encoder, 11 Figures, 12 Command line.
 
-Differences from the paper: the autoencoder of the default is TinyRAE, trained here in minutes, in
-place of DINOv2 and a ViT-XL decoder. The paper's loss weights, its logit-normal, its sampler's
-noise and its optimiser are not known to us. Ours: weights 1, 1 and 0.1 and Adam, by choice; from
-the ablations in the README a logit-normal of mean 1.2, and new noise at a smaller angle for each
-step (Sphere Encoder, the predecessor, found the same noise and the same angle best). That the
-denoiser is not told the noise level is inferred from the published parameter count. Sphere
-Encoder's two halves have TinyRAE's patches and PCA start; on the drawings, which are learned
-offline, it goes without its perceptual loss.
+Shapes: B batch, N tokens, C latent channels, D width, H and W height and width of an image.
+Latents are [B, N, C], images [B, 3, H, W] with values in [0, 1]. Angles are in radians inside,
+in degrees in Config, on the command line and in figures.
 """
 import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
+import datetime
 import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import sys
+import threading
 import time
+import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from torch import distributed as dist, nn
-from torch.distributed.elastic.multiprocessing.errors import record
+from PIL import Image, ImageOps
+from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 
-# torchrun starts several processes and numbers them. Each has its part of every batch; what stands
-# behind "RANK or" is done by the process 0 alone.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-PART = slice(RANK, None, WORLD)
-
-
 class UserError(Exception):
-    """Something a person can put right: the command line prints it as one line and exits with 2."""
-
-
-@contextlib.contextmanager
-def explained(message):
-    """What fails inside, here or in a library, becomes a UserError that starts with message."""
-    try:
-        yield
-    except Exception as error:
-        # what is said already: a file that cannot be had, no memory on the GPU
-        said = (isinstance(error, torch.OutOfMemoryError) or hasattr(error, "complete")) and error
-        raise said or UserError(f"{message} ({type(error).__name__}: {str(error)[:300]})") from None
-
-
-def refuse(wrong, message):
-    if wrong:
-        raise UserError(message)
-
-
-def extras():
-    """The file beside this one, with what the default run does not need."""
-    with explained("this needs the file extras.py beside sphere_latent.py"):
-        sys.modules.setdefault("sphere_latent", sys.modules[__name__])       # not a second time
-        sys.path += {os.path.dirname(os.path.abspath(__file__))} - {*sys.path}
-        return __import__("extras")
-
-
-def __getattr__(name):                                       # RAEDecoder, InceptionFID, slerp ...
-    if name.startswith("_"):
-        raise AttributeError(name)
-    return getattr(extras(), name)
+    """Something the user can put right. The command line prints it as one line and exits with 2."""
 
 
 # --------------------------------------------------------------------------------------------------
 # 1. Configuration
 # --------------------------------------------------------------------------------------------------
 
-def option(default, text, choices=(), least=0, most=1e12):
-    """A field of Config: its default, its line in --help, and the values it may take."""
-    allowed = " or ".join(choices) or f"from {least} to {most:g}"
-    text = f"{text} {' | '.join(choices)} (default: {default})"
-    rule = {"help": text, "choices": choices, "least": least, "most": most, "allowed": allowed}
-    return dataclasses.field(default=default, metadata=rule)
+def setting(default, meaning, options=None, low=None, high=None):
+    """A field of Config: its default, its meaning for --help, and the values that it may take."""
+    rules = {"meaning": meaning, "options": options, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclasses.dataclass
 class Config:
-    method: str = option("sphere-latent", "which paper", ("sphere-latent", "sphere-encoder"))
+    """All settings; each one is a flag of `train`: batch_size is --batch-size."""
+
+    method: str = setting("sphere-latent", "the paper's method, or its predecessor",
+                         ("sphere-latent", "sphere-encoder"))
     # data
-    dataset: str = option("drawn", "what to learn", ("drawn", "folder", "cifar10", "flowers",
-                                                     "animal-faces", "imagenet"))
-    data_dir: str = option("", "folder of the images; if not given: data")
-    image_size: int = option(64, "side of the square images, pixels", least=1, most=4096)
-    flips: bool = option(True, "also learn each image mirrored left to right")
+    dataset: str = setting("drawn", "what to learn", (
+        "drawn", "folder", "cifar10", "flowers", "animal-faces", "imagenet"))
+    data_dir: str = setting("", "folder of the images (default: data)")
+    image_size: int = setting(64, "height and width of the images, pixels", low=4, high=4096)
+    flips: bool = setting(True, "also learn from mirror images")
     # the frozen autoencoder
-    autoencoder: str = option("tiny", "which one makes the latents", ("tiny", "dinov2-b"))
-    weights_dir: str = option("", "folder of published weights that were placed by hand")
-    latents: str = option("", "file of latents to share; else the run's, if they exceed 1 GB")
-    patch_size: int = option(16, "tiny: side of the square that becomes a token, pixels", least=1)
-    latent_channels: int = option(64, "tiny: channels C of a token", least=1)
-    autoencoder_width: int = option(256, "tiny: width of encoder and decoder", least=4, most=8192)
-    autoencoder_depth: int = option(3, "tiny: blocks in encoder and decoder", least=1, most=1000)
-    autoencoder_steps: int = option(1200, "tiny: updates before it is frozen", least=1)
-    # the denoiser, or the two halves of Sphere Encoder, and the losses
-    model_size: str = option("tiny", "size of each of them", ("tiny", "S", "B", "L", "XL"))
-    spherify: bool = option(True, "project latents to the sphere (off: an ablation)")
-    sphere_target: bool = option(False, "sphere-latent: aim at f(z), on the sphere, not at z")
-    noise_distribution: str = option("logit-normal", "distribution of the large angle",
-                                     ("logit-normal", "uniform", "uniform-tangent"))
-    noise_mean: float = option(1.2, "logit-normal: mean of the logit", least=-100)
-    noise_std: float = option(1.0, "logit-normal: standard deviation of the logit")
-    max_angle: float = option(90.0, "largest noise angle in training, degrees", most=90)
-    small_ratio: float = option(0.5, "tan(small angle) = s tan(large angle), s uniform up to this")
-    reconstruction_weight: float = option(1.0, "weight of the reconstruction loss")
-    consistency_weight: float = option(1.0, "weight of the consistency loss")
-    latent_consistency_weight: float = option(0.1, "weight of the latent consistency loss")
-    perceptual_weight: float = option(1.0, "sphere-encoder, not of drawings: weight of VGG's part")
-    label_dropout: float = option(0.1, "share of labels that become the null label", most=1)
-    # optimisation
-    train_steps: int = option(1700, "updates of the denoiser", least=1)
-    batch_size: int = option(32, "images in an update", least=1, most=65536)
-    learning_rate: float = option(3e-3, "AdamW (no weight decay: Adam): largest learning rate")
-    ema_decay: float = option(0.995, "decay of the average of the weights; 0 is off", most=1)
-    save_every: int = option(500, "updates between checkpoints and sample pictures", least=1)
+    autoencoder: str = setting("tiny", "TinyRAE, or the paper's RAE", ("tiny", "dinov2-b"))
+    weights_dir: str = setting("", "folder with published weights that you placed by hand")
+    patch_size: int = setting(16, "tiny: height and width of the patch that a token stands for", low=2, high=64)
+    latent_channels: int = setting(64, "tiny: channels of a token", low=1, high=4096)
+    autoencoder_steps: int = setting(300, "tiny: updates of its decoder", low=1, high=10**9)
+    # the denoiser and its losses
+    model_size: str = setting("tiny", "width and depth of the denoiser", ("tiny", "S", "B", "L", "XL"))
+    spherify: bool = setting(True, "project latents to the sphere (off: an ablation)")
+    noise_distribution: str = setting("logit-normal", "distribution of the large angle", (
+        "logit-normal", "uniform", "uniform-tangent"))
+    noise_mean: float = setting(1.2, "logit-normal: mean of the logit", low=-20, high=20)
+    noise_std: float = setting(1.0, "logit-normal: standard deviation of the logit", low=0, high=20)
+    max_angle: float = setting(90.0, "largest angle in training, degrees", low=0, high=90)
+    small_ratio: float = setting(0.5, "tan(small angle) = s tan(large angle), s uniform up to this", low=0, high=1)
+    reconstruction_weight: float = setting(1.0, "weight of loss 1", low=0, high=10**6)
+    consistency_weight: float = setting(1.0, "weight of loss 2", low=0, high=10**6)
+    latent_consistency_weight: float = setting(0.1, "weight of loss 3", low=0, high=10**6)
+    # optimization
+    train_steps: int = setting(1000, "updates of the denoiser", low=1, high=10**9)
+    batch_size: int = setting(32, "images in an update, over all processes", low=1, high=10**6)
+    accumulate: int = setting(1, "parts of a batch, one after the other, to save memory", low=1, high=10**6)
+    checkpoint_blocks: bool = setting(False, "compute each block twice, to save memory")
+    learning_rate: float = setting(3e-3, "largest learning rate of AdamW", low=0, high=100)
+    ema_decay: float = setting(0.995, "decay of the moving average of the weights", low=0, high=1)
+    save_every: int = setting(500, "updates between checkpoints, with sample pictures", low=1, high=10**9)
     # sampling and evaluation
-    steps: int = option(4, "denoiser steps to make an image", least=1, most=1000)
-    cfg_scale: float = option(1.5, "classifier-free guidance; 1 is off")
-    cfg_position: str = option("both", "sphere-encoder: guide it", ("encoder", "decoder", "both"))
-    tilt: float = option(90.0, "angle back into noise, degrees; decaying: (1 - k / steps) times it")
-    tilt_schedule: str = option("decaying", "the angle over the steps", ("decaying", "fixed"))
-    fresh_noise: bool = option(True, "new noise at each step (off: the same at all steps)")
-    eval_samples: int = option(600, "samples behind a Fréchet distance", least=2, most=100_000)
-    features: str = option("untrained", "inception is FID", ("untrained", "inception"))
-    reference: str = option("", "inception: .npz with mu and sigma in place of the images")
+    steps: int = setting(4, "calls of the denoiser for an image", low=1, high=1000)
+    cfg_scale: float = setting(1.5, "classifier-free guidance; 1 is off", low=0, high=100)
+    tilt: float = setting(90.0, "call k of n is followed by a tilt of (1 - k/n) times this, degrees", low=0, high=90)
+    eval_samples: int = setting(600, "samples behind a Fréchet distance", low=2, high=10**7)
     # the run
-    seed: int = option(0, "seed of everything random")
-    device: str = option("auto", "auto (CUDA, then MPS, then CPU), or the name of a torch device")
-    out: str = option("", "run folder; if not given, runs/DATASET")
-    resume: str = option("", "run folder to go on with; needs no other flag")
-    overwrite: bool = option(False, "replace the run that the run folder holds")
-    compile: bool = option(False, "torch.compile the denoiser")
+    seed: int = setting(0, "seed of everything random", low=0, high=10**9)
+    device: str = setting("auto", "auto (CUDA, then MPS, then CPU) or a torch device")
+    out: str = setting("", "run folder (default: runs/DATASET)")
+    compile: bool = setting(False, "use torch.compile")
 
     def __post_init__(self):
-        def need(good, name, allowed):
-            refuse(not good, f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
-        for field in dataclasses.fields(self):               # nan is in no range
-            value, rule = getattr(self, field.name), field.metadata
-            good = (rule["least"] <= value <= rule["most"] if field.type in (int, float) else
-                    value in (rule["choices"] or [value]))
-            need(good, field.name, rule["allowed"])
-        size, p, width = self.image_size, self.patch_size, self.autoencoder_width
-        angle, kind, rae = self.max_angle, self.noise_distribution, (self.method, self.autoencoder)
-        need(size == 256 or rae != ("sphere-latent", "dinov2-b"), "image_size", "256 for dinov2-b")
-        need(self.batch_size % WORLD == 0, "batch_size", f"a multiple of {WORLD}, the processes")
-        need(size % p == 0 < size - p, "image_size", f"a larger multiple of --patch-size {p}")
-        need(width % (64 if width > 64 else 4) == 0, "autoencoder_width", "4, 8 .. 64, 128, 192 ..")
-        need(angle < 90 or kind != "uniform-tangent", "max_angle", "below 90 for uniform-tangent")
-        need(self.latent_channels <= 3 * p ** 2, "latent_channels", f"up to {3 * p ** 2}, a patch")
+        for field in dataclasses.fields(self):
+            value, flag = getattr(self, field.name), "--" + field.name.replace("_", "-")
+            options, low, high = [field.metadata[name] for name in ("options", "low", "high")]
+            if options is not None and value not in options:
+                raise UserError(f"{flag} {value}: choose from {', '.join(options)}")
+            if low is not None and not low <= value <= high:                 # nan is in no range
+                raise UserError(f"{flag} {value}: must be from {low} to {high:,}")
+        numbers_in_patch = 3 * self.patch_size ** 2
+        parts = process_count() * self.accumulate
+        if self.method == "sphere-latent" and self.autoencoder == "dinov2-b" and self.image_size != 256:
+            raise UserError(f"--image-size {self.image_size}: dinov2-b has images of 256 pixels")
+        if self.image_size % self.patch_size != 0 or self.patch_size % 2 != 0:
+            raise UserError(f"--image-size {self.image_size}: must be a multiple of --patch-size "
+                            f"{self.patch_size}, which must be even")
+        if self.latent_channels > numbers_in_patch:
+            raise UserError(f"--latent-channels {self.latent_channels}: a patch has only "
+                            f"{numbers_in_patch} numbers")
+        if self.noise_distribution == "uniform-tangent" and self.max_angle == 90:
+            raise UserError("--max-angle 90: must be smaller for uniform-tangent")
+        if self.batch_size % parts != 0:
+            raise UserError(f"--batch-size {self.batch_size}: must be a multiple of {parts}, the "
+                            "number of processes times --accumulate")
 
 
-def preset(dataset, method="sphere-latent", autoencoder="", **_):
-    """The Config that a data set and a method start from; those of the paper are in extras.py.
+# Where a data set's settings differ from the defaults, which are those of "drawn". PHOTOS: images of
+# any folder, or --autoencoder tiny. PAPER: where the paper is silent, RAE's second-stage recipe.
+PHOTOS = {"latent_channels": 128, "autoencoder_steps": 800, "train_steps": 3500, "cfg_scale": 3.0}
+PAPER = {"autoencoder": "dinov2-b", "image_size": 256, "model_size": "B", "batch_size": 1024,
+         "learning_rate": 2e-4, "ema_decay": 0.9995, "eval_samples": 50_000}
+PRESETS = {
+    "drawn": {},
+    "folder": PHOTOS,
+    "cifar10": {"image_size": 32, "patch_size": 4, "latent_channels": 16, "model_size": "S"},
+    "flowers": {**PAPER, "train_steps": 8000, "eval_samples": 51_000},
+    "animal-faces": {**PAPER, "train_steps": 14_000},
+    "imagenet": {**PAPER, "model_size": "XL", "train_steps": 1_000_000},
+}
+SPHERE_ENCODER = {"noise_distribution": "uniform-tangent", "max_angle": 85.0, "tilt": 85.0,
+                  "reconstruction_weight": 25.0, "consistency_weight": 2.0}
+LABEL_DROPOUT = 0.1          # share of the labels that become the null label, for guidance
 
-    With autoencoder "tiny" the paper's data sets have the settings of any folder of images. All
-    flags of train may be given; the others change nothing here.
-    """
-    start = {"drawn": {}, "folder": dict(train_steps=9000, autoencoder_steps=4000, cfg_scale=3.0),
-             "cifar10": dict(image_size=32, patch_size=4, latent_channels=16, model_size="S"),
-             "sphere-encoder": dict(noise_distribution="uniform-tangent", max_angle=85.0,
-                                    reconstruction_weight=25.0, consistency_weight=2.0, tilt=85.0,
-                                    tilt_schedule="fixed", fresh_noise=False, learning_rate=5e-3)}
-    start |= {} if dataset in start or autoencoder == "tiny" else extras().PAPER_PRESETS
-    return Config(method, dataset, **start.get(method, {}) | start.get(dataset, start["folder"]))
+
+def preset(dataset, method="sphere-latent", autoencoder=""):
+    """The Config that a data set, a method and an autoencoder start from."""
+    if dataset not in PRESETS:
+        raise UserError(f"--dataset {dataset}: choose from {', '.join(PRESETS)}")
+    settings = dict(PRESETS[dataset])
+    if "autoencoder" in settings and (autoencoder == "tiny" or method == "sphere-encoder"):
+        settings = dict(PHOTOS)
+    if method == "sphere-encoder":
+        settings.update(SPHERE_ENCODER)
+    return Config(dataset=dataset, method=method, **settings)
+
+
+# torchrun starts several processes; each trains on its share of every batch.
+
+def process_count():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_number():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def sum_over_processes(x):
+    """Replace a tensor by its sum over all processes. Each of them waits here for the others."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def say(message):
+    """Print once, not once in each process, and above a progress bar."""
+    if process_number() == 0:
+        tqdm.write(message, file=sys.stdout)
+
+
+def progress(iterable, name, **options):
+    return tqdm(iterable, name, disable=process_number() > 0, **options)
+
+
+def find_device(name):
+    """A name such as "auto", "cpu" or "cuda:1" -> a torch.device that works."""
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = "cuda:" + os.environ["LOCAL_RANK"]
+    try:
+        torch.zeros(1, device=name).tolist()                 # "meta" gives nothing back
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    torch.set_float32_matmul_precision("high")               # on a GPU: TF32 where it is not bf16
+    return torch.device(name)
+
+
+def autocast(device):
+    """bfloat16 where the hardware multiplies it faster than float32, otherwise no change."""
+    enabled = False
+    if device.type == "cuda":
+        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        enabled = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def seeded_generator(seed, number, device="cpu"):
+    """The random generator of update, or image, `number`: a resumed run needs no saved state."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + number)    # a prime
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Write to a temporary name, then rename: a reader finds the old file or the new, never half."""
+    temporary = path.with_name(path.name + ".part")
+    yield temporary
+    os.replace(temporary, path)
 
 
 # --------------------------------------------------------------------------------------------------
 # 2. Images
 # --------------------------------------------------------------------------------------------------
+# The built-in data: drawn flowers. All but the class is random: place, size, lean, light, ground.
 
-#    name           petals, roundness, gap, layers, centre; colour of the tip, the base, the centre
-SPECIES = (
-    ("anemone",        7, 3.0, .45, 1, .26, (.96, .95, .98), (.80, .80, .92), (.13, .11, .30)),
-    ("aster",         12, 1.6, .75, 1, .24, (.56, .38, .86), (.45, .26, .72), (.95, .78, .15)),
-    ("buttercup",      5, 3.5, .50, 1, .22, (.99, .88, .12), (.95, .72, .05), (.62, .66, .12)),
-    ("clematis",       6, 1.2, .72, 1, .16, (.42, .18, .66), (.62, .32, .74), (.95, .93, .72)),
-    ("cosmos",         8, 4.0, .55, 1, .20, (.96, .52, .74), (.86, .30, .58), (.96, .80, .20)),
-    ("daisy",         10, 1.8, .75, 1, .30, (.99, .99, .97), (.88, .90, .88), (.98, .78, .10)),
-    ("forget-me-not",  5, 4.0, .60, 1, .18, (.42, .66, .97), (.62, .80, .99), (.99, .88, .30)),
-    ("gerbera",       12, 1.8, .60, 2, .26, (.97, .42, .14), (.88, .25, .10), (.30, .12, .10)),
-    ("lily",           6, 1.0, .78, 1, .12, (.98, .62, .22), (.99, .82, .40), (.45, .20, .08)),
-    ("poppy",          4, 5.0, .30, 1, .20, (.90, .12, .10), (.62, .05, .08), (.10, .08, .10)),
-    ("sunflower",     12, 1.1, .55, 2, .42, (.99, .80, .10), (.95, .60, .05), (.32, .18, .07)),
-    ("wild rose",      5, 2.6, .40, 1, .17, (.95, .40, .52), (.99, .86, .84), (.97, .85, .35)))
-GROUNDS = ((.16, .34, .14), (.34, .52, .22), (.10, .20, .16), (.55, .72, .88),       # leaves, sky,
-           (.78, .86, .92), (.46, .38, .28), (.68, .62, .48), (.20, .24, .36))       # soil, dusk
+SPECIES = [
+    # name, petals, roundness of a petal's tip, depth of the gap between petals, rings of petals,
+    # radius of the centre; colours of petal tip, petal base and centre: RGB from 0 to 1
+    ("anemone", 7, 3.0, .45, 1, .26, (.96, .95, .98), (.80, .80, .92), (.13, .11, .30)),
+    ("aster", 12, 1.6, .75, 1, .24, (.56, .38, .86), (.45, .26, .72), (.95, .78, .15)),
+    ("buttercup", 5, 3.5, .50, 1, .22, (.99, .88, .12), (.95, .72, .05), (.62, .66, .12)),
+    ("clematis", 6, 1.2, .72, 1, .16, (.42, .18, .66), (.62, .32, .74), (.95, .93, .72)),
+    ("cosmos", 8, 4.0, .55, 1, .20, (.96, .52, .74), (.86, .30, .58), (.96, .80, .20)),
+    ("daisy", 10, 1.8, .75, 1, .30, (.99, .99, .97), (.88, .90, .88), (.98, .78, .10)),
+    ("forget-me-not", 5, 4.0, .60, 1, .18, (.42, .66, .97), (.62, .80, .99), (.99, .88, .3)),
+    ("gerbera", 12, 1.8, .60, 2, .26, (.97, .42, .14), (.88, .25, .10), (.30, .12, .10)),
+    ("lily", 6, 1.0, .78, 1, .12, (.98, .62, .22), (.99, .82, .40), (.45, .20, .08)),
+    ("poppy", 4, 5.0, .30, 1, .20, (.90, .12, .10), (.62, .05, .08), (.10, .08, .10)),
+    ("sunflower", 12, 1.1, .55, 2, .42, (.99, .80, .10), (.95, .60, .05), (.32, .18, .07)),
+    ("wild rose", 5, 2.6, .40, 1, .17, (.95, .40, .52), (.99, .86, .84), (.97, .85, .35)),
+]
+GROUNDS = [(.16, .34, .14), (.34, .52, .22), (.10, .20, .16), (.55, .72, .88),       # leaves, sky,
+           (.78, .86, .92), (.46, .38, .28), (.68, .62, .48), (.20, .24, .36)]       # soil, dusk
 
 
 def draw_flowers(labels, size, generator):
-    """Draw a flower for each label [B], all else at random -> [B, 3, size, size] in [0, 1]."""
+    """Draw a flower for each label [B] -> images [B, 3, size, size]."""
     def uniform(low, high, channels=1):
         return low + (high - low) * torch.rand(len(labels), channels, 1, 1, generator=generator)
 
-    def ground():
+    def ground_colour():
         chosen = torch.randint(len(GROUNDS), (len(labels),), generator=generator)
-        return torch.tensor(GROUNDS)[chosen][..., None, None]
+        return torch.tensor(GROUNDS)[chosen][..., None, None]                # [B, 3, 1, 1]
 
-    def cover(distance):                                     # signed distance to an edge -> opacity
-        return (2 * size * distance + 0.5).clamp(0, 1)
+    def column(number):                                      # of the table of species
+        values = torch.tensor([species[number] for species in SPECIES])
+        return values[labels].reshape(len(labels), -1, 1, 1)                 # [B, 1 or 3, 1, 1]
 
-    petals, roundness, gap, layers, centre, tip, base, disc = (
-        torch.tensor(column)[labels].reshape(len(labels), -1, 1, 1)
-        for column in list(zip(*SPECIES))[1:])
-    axis = (torch.arange(2 * size) + 0.5) / (2 * size)       # twice the pixels, for smooth edges
+    def opacity(distance_to_edge):                           # smooth over about one pixel
+        return (2 * size * distance_to_edge + 0.5).clamp(0, 1)
+
+    petals, roundness, gap, rings, centre, tip, base, disc = [column(n) for n in range(1, 9)]
+    axis = (torch.arange(2 * size) + 0.5) / (2 * size)       # draw at twice the size, average later
     y, x = axis[:, None], axis[None, :]
-    cx, cy, radius = uniform(.40, .60), uniform(.38, .54), uniform(.29, .40)
-    turn, light, lean = (uniform(0, 2 * math.pi) for _ in range(3))
+    flower_x, flower_y, radius = uniform(.40, .60), uniform(.38, .54), uniform(.29, .40)
+    turn, light, lean = [uniform(0, 2 * math.pi) for _ in range(3)]
 
-    # the ground: a gradient, a soft spot, a stem
+    # the ground: a gradient between two colours, a soft spot of a third, a stem
     angle = uniform(0, 2 * math.pi)
     slope = (.5 + (x - .5) * angle.cos() + (y - .5) * angle.sin()).clamp(0, 1)
-    image = torch.lerp(ground(), ground(), slope)
+    image = torch.lerp(ground_colour(), ground_colour(), slope)
     spot = ((x - uniform(0, 1)) ** 2 + (y - uniform(0, 1)) ** 2) / uniform(.08, .25) ** 2
-    image = torch.lerp(image, ground(), torch.exp(-spot) * uniform(0, .7))
-    stem = .013 - (x - cx - uniform(-.6, .6) * (y - cy) ** 2).abs()
-    green = torch.tensor([[[.20]], [[.46]], [[.14]]]) + uniform(-.06, .06, 3)
-    image = torch.lerp(image, green, cover(stem) * (y > cy))
+    image = torch.lerp(image, ground_colour(), torch.exp(-spot) * uniform(0, .7))
+    stem = .013 - (x - flower_x - uniform(-.6, .6) * (y - flower_y) ** 2).abs()
+    green = torch.tensor([.20, .46, .14]).view(3, 1, 1) + uniform(-.06, .06, 3)
+    image = torch.lerp(image, green, opacity(stem) * (y > flower_y))
 
-    # polar coordinates around the centre of a flower that leans; its shadow; petals; centre
-    dx, dy, squash = x - cx, y - cy, uniform(.75, 1)
-    along, across = dx * lean.cos() + dy * lean.sin(), (dy * lean.cos() - dx * lean.sin()) / squash
-    r, theta = (along ** 2 + across ** 2).sqrt() / radius, torch.atan2(across, along)
+    # polar coordinates r, theta around the centre of a flower that leans, and the flower's shadow
+    dx, dy, squash = x - flower_x, y - flower_y, uniform(.75, 1)
+    along = dx * lean.cos() + dy * lean.sin()
+    across = (dy * lean.cos() - dx * lean.sin()) / squash
+    r = (along ** 2 + across ** 2).sqrt() / radius
+    theta = torch.atan2(across, along)
     image = image * (1 - .35 * torch.sigmoid(8 * (1 - r)))
+
+    # petals, a ring at a time, then the centre
     shade = 1 + .22 * (dx * light.cos() + dy * light.sin()) / radius
     tint = 1 + uniform(-.06, .06, 3)
-    for layer in range(int(layers.max())):
-        u = 2 * torch.remainder((theta - turn) * petals / (2 * math.pi) + .5 * layer, 1) - 1
-        edge = (1 - .25 * layer) * (1 - gap * u.abs() ** roundness)  # u: -1 to 1 across a petal
-        colour = torch.lerp(base, tip, (r / edge.clamp(min=.1)).clamp(0, 1)) * tint
-        colour = colour * shade * (1 - .3 * u ** 2) * (1 + .08 * layer)
-        image = torch.lerp(image, colour, cover((edge - r) * radius * squash) * (layers > layer))
+    for ring in range(2):
+        turns = (theta - turn) / (2 * math.pi) * petals + .5 * ring
+        u = 2 * torch.remainder(turns, 1) - 1                # from -1 to 1 across a petal
+        edge = 1 - gap * u.abs() ** roundness
+        edge = edge * (1 - .25 * ring)
+        outwards = (r / edge.clamp(min=.1)).clamp(0, 1)
+        colour = torch.lerp(base, tip, outwards)
+        colour = colour * tint * shade * (1 - .3 * u ** 2) * (1 + .08 * ring)
+        visible = opacity((edge - r) * radius * squash) * (rings > ring)
+        image = torch.lerp(image, colour, visible)
     dome = disc * shade * (1.12 - .45 * (r / centre).clamp(0, 1) ** 2)
-    image = torch.lerp(image, dome, cover((centre - r) * radius))
+    image = torch.lerp(image, dome, opacity((centre - r) * radius))
     return F.avg_pool2d((image * uniform(.8, 1.15)).clamp(0, 1), 2)
 
 
-def sent(x, device):
-    """x on the device; to a GPU from pinned memory: nothing waits for what it computes just now."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+class PixelImages(Dataset):
+    """Images in memory: pixels uint8 [n, 3, H, W], labels [n], names of the classes.
 
-
-class Images(torch.utils.data.Dataset):
-    """Images of one size; [i] gives (image [3, H, W] float in [0, 1], label int)."""
+    [i] gives (image [3, H, W] float in [0, 1], label int), as for all data sets here.
+    """
 
     def __init__(self, pixels, labels, classes):
-        # pixels [n, 3, H, W] uint8, or ImageFiles; labels [n]; classes: their names
-        self.pixels, self.labels, self.classes = pixels, torch.as_tensor(labels), list(classes)
+        self.pixels = pixels
+        self.labels = torch.as_tensor(labels)
+        self.classes = list(classes)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, i):
-        return self.batch(torch.tensor([i]))[0], int(self.labels[i])
-
-    def batch(self, numbers, device=torch.device("cpu")):
-        """Images [B, 3, H, W] of these numbers [B]; from len(self) on, mirrored ones."""
-        x = sent(self.pixels[numbers % len(self)], device) / 255
-        return torch.where(sent(numbers >= len(self), device).view(-1, 1, 1, 1), x.flip(3), x)
+        return self.pixels[i] / 255, int(self.labels[i])
 
 
 def drawn_images(split, size, seed=0):
-    """The built-in data: flowers, the same for the same seed; no drawing is in both splits."""
-    labels = torch.arange({"train": 6000, "test": 1200}[split]) % len(SPECIES)
+    """6,000 drawn flowers to train on, or 1,200 others to test on; always the same for a seed."""
+    labels = torch.arange(6000 if split == "train" else 1200) % len(SPECIES)
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
-    pixels = [(255 * draw_flowers(few, size, generator)).round().byte() for few in labels.split(16)]
-    return Images(torch.cat(pixels), labels, [species[0] for species in SPECIES])
+    drawn = []
+    for some in progress(labels.split(16), "drawing flowers", leave=False):
+        drawn.append((255 * draw_flowers(some, size, generator)).round().byte())
+    return PixelImages(torch.cat(drawn), labels, [species[0] for species in SPECIES])
+
+
+IN_MEMORY = 8e9              # bytes; what is larger stays in its files
+
+
+class ImageFiles(Dataset):
+    """Images in files: samples is a list of (path, label).
+
+    torchvision's ImageFolder wants one level of folders; this takes any list of files.
+    """
+
+    def __init__(self, samples, classes, size):
+        from torchvision.transforms import v2
+        self.samples = samples
+        self.labels = torch.tensor([label for _, label in samples])
+        self.classes = classes
+        self.size = size
+        self.transform = v2.Compose([
+            v2.Resize((size, size), v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        path, label = self.samples[i]
+        return self.transform(open_image(path, self.size)), label
+
+
+def open_image(path, size):
+    """An image file -> its centre square, a PIL image: RGB, upright, white where transparent."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                  # of 90 million pixels, as cameras make
+            image = Image.open(path)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError("more than 8 bits per channel")
+        image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode no more than is needed
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        side = min(image.size)
+        return ImageOps.fit(image.convert("RGB"), (side, side))              # crops, does not scale
+    except Exception as error:                               # decoders raise errors of any kind
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+
+
+def read_images(files):
+    """Read ImageFiles into memory -> PixelImages; more than 8 GB stay ImageFiles.
+
+    An image that cannot be read is named and skipped; more than one, and than 1 in 100, is an error.
+    """
+    if 3 * files.size ** 2 * len(files) > IN_MEMORY:
+        return files
+
+    def read(i):
+        try:
+            image, label = files[i]
+            return (255 * image).round().byte(), label
+        except UserError as error:
+            return None, str(error)
+
+    with ThreadPoolExecutor() as pool:
+        found = list(progress(pool.map(read, range(len(files))), "reading images", total=len(files)))
+    skipped = [message for image, message in found if image is None]
+    for message in skipped[:5]:
+        print(f"skipped: {message}", file=sys.stderr)
+    if len(skipped) > max(1, len(files) // 100):
+        raise UserError(f"{len(skipped)} of {len(files)} images cannot be read, such as {skipped[0]}")
+    pixels, labels = zip(*[pair for pair in found if pair[0] is not None])
+    return PixelImages(torch.stack(pixels), labels, files.classes)
+
+
+def find_image_files(root):
+    """All image files below a folder -> {class name: sorted paths}.
+
+    A class is a folder in root; images that lie in root itself form a class of root's name. Links
+    are followed, loops are not. Hidden folders and this program's run folders are left out.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+    found, without_images = {}, {}
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real, parent = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+        is_loop = folder != root and (parent + os.sep).startswith(real + os.sep)
+        if is_loop or "config.json" in files or "checkpoint.pt" in files:
+            subfolders.clear()
+            continue
+        subfolders[:] = [name for name in subfolders if name[0] != "." and name != "__MACOSX"]
+        relative = os.path.relpath(folder, root)
+        name = os.path.basename(root) if relative == "." else relative.split(os.sep)[0]
+        name = name.encode("utf-8", "backslashreplace").decode()             # names of any bytes
+        for file in files:
+            if file.lower().endswith((*IMG_EXTENSIONS, ".gif", ".jfif")) and file[0] != ".":
+                found.setdefault(name, []).append(os.path.join(folder, file))
+            elif relative != ".":
+                without_images[name] = file
+    for name in sorted(set(without_images) - set(found)):
+        say(f"note: folder {name} holds no image, only files such as {without_images[name]}")
+    return {name: sorted(found[name]) for name in sorted(found)}
+
+
+def folder_images(config, root, classes=None):
+    """A folder with one folder per class, or with images alone -> ImageFiles.
+
+    classes: their names, if known already; an image of none of them gets the label 0.
+    """
+    root = os.path.abspath(root)
+    if not os.path.isdir(root):
+        raise UserError(f"no folder {root}")
+    files = find_image_files(root)
+    classes = classes or list(files)
+    samples = []
+    for name, paths in files.items():
+        label = classes.index(name) if name in classes else 0
+        samples += [(path, label) for path in paths]
+    if len(samples) < 4:
+        raise UserError(f"{len(samples)} images in {root}: at least 4 are needed")
+    parts = sorted({"train", "val", "valid", "test"} & set(classes))
+    if len(parts) > 1:
+        raise UserError(f"{root} holds {' and '.join(parts)}, which are no classes: name one of them, "
+                        f"such as --data-dir {os.path.join(root, parts[0])}")
+    return ImageFiles(samples, classes, config.image_size)
+
+
+def split_by_name(images, held_out):
+    """The tenth of ImageFiles that is held out, or the other nine tenths.
+
+    Chosen by a hash of the file name: it stays the same when images are added. The last image of a
+    class is never held out; of fewer than 20 images none is, and both parts are the whole.
+    """
+    left = torch.bincount(images.labels).tolist()
+    chosen = set()
+    for path, label in sorted(images.samples, key=lambda s: zlib.crc32(os.path.basename(s[0]).encode(
+            "utf-8", "surrogateescape"))):
+        if len(chosen) < len(images) // 10 and left[label] > 1:
+            chosen.add(path)
+            left[label] -= 1
+    if len(chosen) < 2:
+        return images
+    part = [sample for sample in images.samples if (sample[0] in chosen) == held_out]
+    return ImageFiles(part, images.classes, images.size)
+
+
+def cifar_images(root, size, held_out):
+    from torchvision.datasets import CIFAR10
+    from torchvision.transforms import v2
+    data = CIFAR10(root, train=not held_out, download=True)
+    pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)                 # [n, 3, 32, 32]
+    pixels = v2.functional.resize(pixels, [size, size], antialias=True)
+    return PixelImages(pixels, data.targets, data.classes)
+
+
+def oxford_flowers(config, root, held_out):
+    """Oxford-Flowers 102. As in the papers all 8,189 photographs serve to train and to compare;
+    with TinyRAE, which learns from these alone, a tenth is held out."""
+    from torchvision.datasets import Flowers102
+    samples = []
+    for split in ("train", "val", "test"):
+        part = Flowers102(root, split, download=True)
+        samples += zip(map(str, part._image_files), part._labels)
+    images = ImageFiles(samples, Flowers102.classes, config.image_size)
+    return split_by_name(images, held_out) if config.autoencoder == "tiny" else images
+
+
+def train_and_val_folders(config, root, held_out):
+    """AFHQ and ImageNet: a folder to train on, and one called val or test. ImageNet's may be flat."""
+    images = folder_images(config, os.path.join(root, "train"))
+    pattern = {"animal-faces": "cat dog wild", "imagenet": "n01440764 n15075141"}[config.dataset]
+    if not set(pattern.split()) <= set(images.classes):
+        raise UserError(f"{root}/train has other classes, such as {images.classes[0]}")
+    if held_out:
+        test = "test" if os.path.isdir(os.path.join(root, "test")) else "val"
+        return folder_images(config, os.path.join(root, test), images.classes)
+    return images
+
+
+SOURCES = {
+    "folder": "your images",
+    "cifar10": "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html",
+    "flowers": "a folder flowers-102 with jpg/ (102flowers.tgz, unpacked), imagelabels.mat and "
+               "setid.mat from https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
+    "animal-faces": "the folders train and val of AFHQ, https://github.com/clovaai/stargan-v2",
+    "imagenet": "the folders train and val of ImageNet-1K, https://image-net.org",
+}
+
+
+def find_images(config, split):
+    """Find the images of a split, "train" or "test", without reading them. Raises UserError."""
+    held_out = {"train": False, "test": True}[split]
+    root = os.path.expanduser(config.data_dir or "data")
+    try:
+        if config.dataset == "folder":
+            return split_by_name(folder_images(config, root), held_out)
+        if config.dataset == "cifar10":
+            return cifar_images(root, config.image_size, held_out)
+        if config.dataset == "flowers":
+            return oxford_flowers(config, root, held_out)
+        return train_and_val_folders(config, root, held_out)
+    except (UserError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no data set {config.dataset} in {root} ({reason}): put "
+                        f"{SOURCES[config.dataset]} there, or add --data-dir FOLDER") from None
 
 
 def load_images(config, split):
-    """-> Images of one split, "train" or "test"; no image is in both. Raises UserError."""
-    return (drawn_images(split, config.image_size) if config.dataset == "drawn" else
-            extras().found_images(config, split))
+    """The images of a split, "train" or "test" -> a data set with .labels and .classes.
+
+    [i] gives (image [3, H, W] float in [0, 1], label int). Raises UserError if there are none.
+    """
+    if config.dataset == "drawn":
+        return drawn_images(split, config.image_size)
+    images = find_images(config, split)
+    return read_images(images) if isinstance(images, ImageFiles) else images
+
+
+def random_batches(count, config, first_step, last_step):
+    """Yield the numbers of the images of each update: this process's share of the batch.
+
+    They depend on seed and step alone, so that a resumed run goes on with the right ones.
+    """
+    for step in range(first_step, last_step):
+        generator = seeded_generator(config.seed, step)
+        chosen = torch.randint(count, (config.batch_size,), generator=generator)
+        yield chosen.tolist()[process_number()::process_count()]
+
+
+def in_batches(numbers, size=100):
+    return [numbers[start:start + size] for start in range(0, len(numbers), size)]
+
+
+def ignore_ctrl_c(worker):
+    """The main process decides what Ctrl-C means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def batch_loader(dataset, batches, device=torch.device("cpu")):
+    """Lists of numbers -> batches (images or latents [B, ...], labels [B])."""
+    workers = min(8, os.cpu_count()) if isinstance(dataset, ImageFiles) else 0
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                      pin_memory=device.type == "cuda", worker_init_fn=ignore_ctrl_c)
+
+
+def some_images(images, count, seed):
+    """At most `count` images of a data set, chosen at random -> [n, 3, H, W]."""
+    order = torch.randperm(len(images), generator=seeded_generator(seed, 0))
+    batches = batch_loader(images, in_batches(order[:count].tolist()))
+    return torch.cat([x for x, _ in batches])
 
 
 # --------------------------------------------------------------------------------------------------
 # 3. The transformer
 # --------------------------------------------------------------------------------------------------
-#     B batch   N tokens   C channels of a token   D width   H heads   K = D / H
+#     D width   H heads   K = D / H
 
 class RMSNorm(nn.RMSNorm):
-    """Divide by the root mean square over the last axis; one learned weight a channel."""
+    """x / sqrt(mean(x^2)) over the last axis, times one learned weight per channel."""
 
-    def forward(self, x):                                    # in bf16 too, without a warning
+    def forward(self, x):                                    # the weight as bf16 under autocast
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), eps=1e-6)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the label (adaLN-Zero of DiT)."""
+    """Attention and MLP. The label shifts, scales and gates both (adaLN-Zero, from DiT)."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.q, self.k, self.v, self.out = [nn.Linear(width, width, bias=False) for _ in range(4)]
         self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"),
-                                 nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width)
 
     def attention(self, x):
-        q, k, v = (rearrange(project(x), "b n (h k) -> b h n k", h=self.heads)
-                   for project in (self.q, self.k, self.v))                  # [B, H, N, K] each
+        q, k, v = [rearrange(project(x), "b n (h k) -> b h n k", h=self.heads)
+                   for project in (self.q, self.k, self.v)]                  # [B, H, N, K] each
         q, k = self.q_norm(q), self.k_norm(k)
-        if x.device.type == "cpu" and torch.is_grad_enabled():              # measured: faster
-            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)    # [B, H, N, N]
-            y = weights.to(v.dtype) @ v
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            # On a CPU the fused backward pass is slower than this for short sequences.
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5           # [B, H, N, N]
+            y = scores.softmax(-1).to(v.dtype) @ v                           # [B, H, N, K]
         else:
-            y = F.scaled_dot_product_attention(q, k, v)
+            y = F.scaled_dot_product_attention(q, k, v)                      # [B, H, N, K]
         return self.out(rearrange(y, "b h n k -> b n (h k)"))                # [B, N, D]
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
+        modulation = self.modulation(c)[:, None]                             # [B, 1, 6 D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)   # [B, N, D]
+        x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return x                                                             # [B, N, D]
 
 
 class Transformer(nn.Module):
-    """Tokens [B, N, in] and labels [B] -> tokens [B, N, out]; no labels: the null label for all.
+    """Tokens [B, N, in_channels] and labels [B] -> tokens [B, N, out_channels].
 
-    It starts as the zero function, its blocks as the identity.
+    The label num_classes is the null label, "no class"; it is used where labels is None. A new
+    transformer is the zero function, and each of its blocks the identity. The denoiser, the decoder
+    of TinyRAE and both halves of Sphere Encoder are made of it.
     """
 
-    def __init__(self, tokens, in_channels, out_channels, width, depth, heads, num_classes=0):
+    def __init__(self, tokens, in_channels, out_channels, width, depth, heads, num_classes=0,
+                 checkpoint_blocks=False):
         super().__init__()
-        self.num_classes = num_classes                                       # also the null label
+        self.num_classes = num_classes
+        self.checkpoint_blocks = checkpoint_blocks
         self.embed = nn.Linear(in_channels, width)
         self.positions = nn.Parameter(sincos_positions(tokens, width), requires_grad=False)
         self.labels = nn.Embedding(num_classes + 1, width)
@@ -370,182 +671,405 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(width)
         self.modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, out_channels)
-        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
-            nn.init.xavier_uniform_(linear.weight)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        for linear in [block.modulation for block in self.blocks] + [self.modulation, self.head]:
-            nn.init.zeros_(linear.weight)
+        self.initialize()
+
+    def initialize(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.normal_(self.labels.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.modulation.weight)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.head.weight)
 
     def forward(self, x, labels=None):
         if labels is None:
             labels = torch.full((len(x),), self.num_classes, device=x.device)
-        if labels.device.type == "cpu" and not ((0 <= labels) & (labels <= self.num_classes)).all():
-            raise ValueError(f"labels go from 0 to {self.num_classes} (the null label): {labels}")
         c = F.silu(self.labels(labels))                                      # [B, D]
         x = self.embed(x) + self.positions                                   # [B, N, D]
         for block in self.blocks:
-            large = x.numel() * len(self.blocks) > 4e8       # to keep 30 GB or more: compute twice
-            x = checkpoint(block, x, c, use_reentrant=False) if large else block(x, c)   # [B, N, D]
-        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)          # [B, 1, D] each
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False)             # [B, N, D]
+            else:
+                x = block(x, c)                                              # [B, N, D]
+        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)          # [B, 1, D]
         return self.head(self.norm(x) * (1 + scale) + shift)                 # [B, N, out]
 
 
 def sincos_positions(tokens, width):
-    """Fixed sine and cosine embedding of a square grid [N, D]: half for columns, half for rows."""
+    """Sines and cosines of the column and the row of each token of a square grid -> [N, D]."""
     side = math.isqrt(tokens)
-    frequency = 1e4 ** -(torch.arange(width // 4) / (width // 4))
-    angle = torch.arange(side)[:, None] * frequency
+    frequency = 10_000 ** -(torch.arange(width // 4) / (width // 4))         # [D/4]
+    angle = torch.arange(side)[:, None] * frequency                          # [side, D/4]
     line = torch.cat([angle.sin(), angle.cos()], dim=-1)                     # [side, D/2]
-    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], dim=-1)
+    columns = line.repeat(side, 1)                                           # [N, D/2]
+    rows = line.repeat_interleave(side, dim=0)                               # [N, D/2]
+    return torch.cat([columns, rows], dim=-1)
 
 
 class Denoiser(Transformer):
-    """Noisy latents [B, N, C] and labels [B] -> clean ones [B, N, C]; null label: num_classes.
+    """Noisy latents [B, N, C] and labels [B] -> estimates z_hat [B, N, C] of the clean latents.
 
-    It is not told the noise level: on the sphere every input has the same length, and the angle to
-    the data has to be read from the content.
+    It is not told the noise level. On the sphere all inputs have the same norm, and their angle to
+    the data has to be read from the content. We infer this from the parameter count of the paper's
+    XL model, which leaves no room for an embedding of the noise level.
     """
 
-    def __init__(self, latent_shape, num_classes, width, depth, heads):
-        super().__init__(*latent_shape, latent_shape[1], width, depth, heads, num_classes)
+    def __init__(self, latent_shape, num_classes, width, depth, heads, checkpoint_blocks=False):
+        tokens, channels = latent_shape
+        super().__init__(tokens, channels, channels, width, depth, heads, num_classes,
+                         checkpoint_blocks)
         self.latent_shape = latent_shape
 
 
-MODEL_SIZES = {"tiny": (256, 6, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16),
-               "XL": (1152, 28, 16)}                                         # width, depth, heads
+MODEL_SIZES = {              # width, depth, heads
+    "tiny": (256, 6, 4),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
 
 
 def denoiser_for(config, latent_shape, num_classes):
-    """-> Denoiser of config.model_size for latents of latent_shape (N, C), or a SphereEncoder."""
-    if config.method == "sphere-encoder":
-        return SphereEncoder(config, num_classes, MODEL_SIZES[config.model_size])
-    return Denoiser(latent_shape, num_classes, *MODEL_SIZES[config.model_size])
+    """A new Denoiser of size config.model_size for latents of shape (N, C)."""
+    width, depth, heads = MODEL_SIZES[config.model_size]
+    return Denoiser(latent_shape, num_classes, width, depth, heads, config.checkpoint_blocks)
 
 
 # --------------------------------------------------------------------------------------------------
 # 4. Frozen autoencoders
 # --------------------------------------------------------------------------------------------------
-#     P numbers in a patch of the image
+# RAE has a frozen encoder, DINOv2, and a decoder that is trained on noisy latents. TinyRAE is the same
+# in miniature. Its encoder is PCA of patches, computed in closed form: a patch is described by how
+# strongly it shows each of C patterns. Each strength is divided by the root of its standard deviation,
+# so that noise hides fine patterns first and coarse ones last. The decoder starts from the inverse; a
+# transformer, which sees all patches, and convolutions, which see across borders, add what is missing.
+#     P numbers in a patch   F feature maps
 
-class TinyRAE(nn.Module):
-    """A small autoencoder that is trained first and then frozen, in the place of the paper's RAE.
+class PatchPCA(nn.Module):
+    """Images [B, 3, H, W] <-> tokens [B, N, C], both ways linear: PCA of square patches."""
 
-    It starts as PCA of the patches (the best linear autoencoder), but for the length of a latent,
-    which spherify drops; a transformer on each side, zero at first, learns the rest. The decoder is
-    trained on noisy latents, so that it forgives the denoiser's errors.
-    """
-
-    def __init__(self, config, num_classes=0, sizes=None):
+    def __init__(self, patch_size, channels):
         super().__init__()
-        size, c, width = config.patch_size, config.latent_channels, config.autoencoder_width
-        n, p, self.num_classes = (config.image_size // size) ** 2, 3 * size ** 2, num_classes
-        self.patch_size, self.window, self.latent_shape = size, size + 2 * (size // 4), (n, c)
-        sizes = sizes or (width, config.autoencoder_depth, width // 64 or 1)
-        self.encoder = Transformer(n, p, c, *sizes, num_classes)
-        self.decoder = Transformer(n, c, 3 * self.window ** 2, *sizes, num_classes)  # they overlap
-        for name, start in dict(patch_mean=torch.zeros(p), whiten=torch.eye(p), mix=torch.eye(p, c),
-                                unmix=torch.eye(c, p), latent_mean=torch.zeros(1, c),
-                                latent_var=torch.ones(1, c)).items():
-            self.register_buffer(name, start)
+        numbers = 3 * patch_size ** 2                                        # P
+        self.patch_size = patch_size
+        self.channels = channels
+        self.register_buffer("mean", torch.zeros(numbers))                   # [P]
+        self.register_buffer("analysis", torch.eye(numbers, channels))       # [P, C]
+        self.register_buffer("synthesis", torch.eye(channels, numbers))      # [C, P]
 
     def patches(self, images):
         p = self.patch_size
-        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)     # [B, N, P]
 
     @torch.no_grad()
-    def start_from_pca(self, images):
-        """Set the linear part from images [n, 3, H, W].
-
-        The latent keeps part of the natural spectrum, coarse strong and detail weak, spread by a
-        rotation so that normalising each channel cannot level it: noise then hides detail first.
-        """
-        patches, c = self.patches(images).flatten(0, 1), self.latent_shape[1]
-        variance, basis = (x.flip(-1) for x in torch.linalg.eigh(torch.cov(patches.T)))
-        scale = variance.clamp(min=1e-5).sqrt()
-        strength = scale[:c].sqrt() / scale[:c].mean().sqrt()
-        rotation = torch.linalg.qr(torch.randn(c, c))[0]
-        self.patch_mean[:], self.whiten[:] = patches.mean(0), basis / scale
-        self.mix[:c] = strength[:, None] * rotation
-        self.unmix[:] = rotation.T / strength * scale[:c] @ basis[:, :c].T
-
-    def encode_raw(self, images, labels=None):
-        t = (self.patches(images) - self.patch_mean) @ self.whiten           # [B, N, P]
-        return spherify(t @ self.mix + self.encoder(t, labels))              # [B, N, C]
-
-    def decode_raw(self, z, labels=None):
-        t, size, side = z @ self.unmix + self.patch_mean, self.patch_size, math.isqrt(z.shape[1])
-        linear = rearrange(t, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=size, q=size)
-        windows = 0.1 * self.decoder(z, labels).float().transpose(1, 2)      # [B, 3 window^2, N]
-        return linear + F.fold(windows, (side * size, side * size), self.window, stride=size,
-                               padding=(self.window - size) // 2)            # summed: no seams
+    def fit(self, images):
+        """Compute mean and patterns from images [n, 3, H, W]."""
+        patches = self.patches(images).flatten(0, 1)                         # [n N, P]
+        variances, patterns = torch.linalg.eigh(torch.cov(patches.T))        # ascending
+        variances = variances.flip(0)[:self.channels].clamp(min=1e-8)        # [C]
+        patterns = patterns.flip(1)[:, :self.channels]                       # [P, C]
+        scale = variances.sqrt().sqrt()                                      # standard deviation^0.5
+        scale = scale * (variances / scale ** 2).mean().sqrt()               # tokens: mean variance 1
+        self.mean.copy_(patches.mean(0))
+        self.analysis.copy_(patterns / scale)
+        self.synthesis.copy_((patterns * scale).T)
 
     def encode(self, images):
-        """Images [B, 3, H, W] in [0, 1] -> latents [B, N, C], mean 0 and variance 1 a channel."""
-        return (self.encode_raw(images) - self.latent_mean) / (self.latent_var + 1e-5).sqrt()
+        return (self.patches(images) - self.mean) @ self.analysis            # [B, N, C]
 
     def decode(self, z):
-        """Latents [B, N, C] -> images [B, 3, H, W] in [0, 1]."""
-        return self.decode_raw(z * (self.latent_var + 1e-5).sqrt() + self.latent_mean).clamp(0, 1)
+        patches = z @ self.synthesis + self.mean                             # [B, N, P]
+        side, p = math.isqrt(z.shape[1]), self.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
 
 
-class SphereEncoder(TinyRAE):
-    """The predecessor: both halves with labels and learned as one. Calling it decodes."""
+class PixelDecoder(nn.Module):
+    """Tokens [B, N, C], and the image PatchPCA makes of them, -> a correction [B, 3, H, W]."""
 
-    forward = TinyRAE.decode_raw
+    def __init__(self, tokens, channels, patch_size, width, depth, heads, num_classes=0,
+                 feature_maps=32, hidden=48):
+        super().__init__()
+        self.half_patch = patch_size // 2
+        self.transformer = Transformer(tokens, channels, feature_maps * self.half_patch ** 2,
+                                       width, depth, heads, num_classes)
+        # Convolutions at half the size of the image: a fourth of the work.
+        self.conv_in = nn.Conv2d(feature_maps + 12, hidden, 3, padding=1)
+        self.residual = nn.ModuleList([nn.Sequential(
+            nn.GELU(), nn.Conv2d(hidden, hidden, 3, padding=1),
+            nn.GELU(), nn.Conv2d(hidden, hidden, 3, padding=1)) for _ in range(2)])
+        self.conv_out = nn.Conv2d(hidden, 12, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        self.to(memory_format=torch.channels_last)           # the faster layout on a CPU
+
+    def forward(self, z, image, labels=None):
+        side, p = math.isqrt(z.shape[1]), self.half_patch
+        maps = rearrange(self.transformer(z, labels), "b (h w) (p q f) -> b f (h p) (w q)",
+                         h=side, p=p, q=p)                                   # [B, F, H/2, W/2]
+        pixels = F.pixel_unshuffle(image - 0.5, 2)                           # [B, 12, H/2, W/2]
+        x = torch.cat([maps, pixels], dim=1).contiguous(memory_format=torch.channels_last)
+        x = self.conv_in(x)                                                  # [B, hidden, H/2, W/2]
+        for block in self.residual:
+            x = x + block(x)
+        return F.pixel_shuffle(self.conv_out(F.gelu(x)), 2)                  # [B, 3, H, W]
+
+
+class TinyRAE(nn.Module):
+    """RAE in miniature, frozen after fit_tiny_rae: images [B, 3, H, W] <-> latents [B, N, C].
+
+    Latents have mean 0 and variance 1 over all channels; the coarse ones are larger on purpose.
+    """
+
+    def __init__(self, image_size, patch_size, channels):
+        super().__init__()
+        tokens = (image_size // patch_size) ** 2
+        self.latent_shape = (tokens, channels)
+        self.pca = PatchPCA(patch_size, channels)
+        self.decoder = PixelDecoder(tokens, channels, patch_size, width=256, depth=2, heads=4)
+        self.register_buffer("latent_mean", torch.zeros(1, channels))        # as PatchPCA makes them
+        self.register_buffer("latent_var", torch.ones(1, channels))
+
+    def encode(self, images):
+        """Images in [0, 1] -> latents."""
+        return self.pca.encode(images)
+
+    def decode_unclamped(self, z):
+        image = self.pca.decode(z)
+        return image + self.decoder(z, image).float()
+
+    def decode(self, z):
+        """Latents -> images in [0, 1]."""
+        return self.decode_unclamped(z).clamp(0, 1)
+
+
+# The paper's autoencoder and two networks for measuring have published weights. They are fetched when
+# they are first needed; files that were placed by hand in --weights-dir go first.
+
+HUGGING_FACE_FILES = {       # name in --weights-dir: (repository, path in it)
+    "model.safetensors": ("timm/vit_base_patch14_reg4_dinov2.lvd142m", "model.safetensors"),
+    "model.pt": ("nyu-visionx/RAE-collections", "decoders/dinov2/wReg_base/ViTXL_n08/model.pt"),
+    "stat.pt": ("nyu-visionx/RAE-collections", "stats/dinov2/wReg_base/imagenet1k/stat.pt"),
+}
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"           # the end of a name is the start of the
+VGG = "vgg16-397923af.pth"                                   # file's SHA-256, which is checked
+URLS = {INCEPTION: "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION,
+        VGG: "https://download.pytorch.org/models/" + VGG}
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+def find_weights(name, weights_dir=""):
+    """The path of a published file: in weights_dir, in the cache of its library, or fetched now."""
+    placed = pathlib.Path(weights_dir).expanduser() / name
+    if weights_dir and placed.is_file():
+        return placed
+    source = URLS.get(name) or " ".join(HUGGING_FACE_FILES[name])
+    try:
+        if name in HUGGING_FACE_FILES:
+            from huggingface_hub import hf_hub_download
+            return pathlib.Path(hf_hub_download(*HUGGING_FACE_FILES[name]))
+        cached = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / name
+        if not cached.is_file():
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(source, str(cached), hash_prefix=name[-12:-4])
+        return cached
+    except Exception as error:                               # a network fails in many ways
+        reason = f"{type(error).__name__}: {str(error)[:120]}".splitlines()[0]
+        raise UserError(f"no {name} from {source} ({reason})") from None
+
+
+def read_weights(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                               # so does a damaged file
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); is it complete?") from None
+
+
+def load_weights(module, path):
+    """Load a file of weights into a module; a missing or unexpected key is an error."""
+    weights = read_weights(path)
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds other weights: {str(error)[:300]}") from None
+
+
+class RAEDecoder(nn.Module):
+    """Tokens [B, N, C] -> images [B, 3, H, W]: RAE's decoder, a ViT as in MAE.
+
+    load_state_dict takes the published key names and is strict about them.
+    """
+
+    def __init__(self, latent_channels=768, tokens=256, width=1152, depth=28, heads=16,
+                 mlp_width=4096, patch_size=16):
+        super().__init__()
+        self.patch_size = patch_size
+        self.decoder_embed = nn.Linear(latent_channels, width)
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        positions = F.pad(sincos_positions(tokens, width), (0, 0, 1, 0))     # 0 for the class token
+        self.decoder_pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.decoder_layers = nn.ModuleList([nn.TransformerEncoderLayer(
+            width, heads, mlp_width, dropout=0.0, activation="gelu", layer_norm_eps=1e-12,
+            batch_first=True, norm_first=True) for _ in range(depth)])
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
+        self.decoder_pred = nn.Linear(width, 3 * patch_size ** 2)
+        self.register_load_state_dict_pre_hook(rename_decoder_keys)
+
+    def forward(self, z):
+        class_token = self.trainable_cls_token.expand(len(z), 1, -1)         # [B, 1, D]
+        x = torch.cat([class_token, self.decoder_embed(z)], dim=1)           # [B, 1 + N, D]
+        x = x + self.decoder_pos_embed
+        for layer in self.decoder_layers:
+            x = layer(x)
+        patches = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()     # [B, N, 3 p p]
+        side, p = math.isqrt(z.shape[1]), self.patch_size
+        images = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
+        return images * IMAGENET_STD.to(images) + IMAGENET_MEAN.to(images)   # [B, 3, H, W]
+
+
+def rename_decoder_keys(decoder, state_dict, prefix, *unused):
+    """The published names -> those of nn.TransformerEncoderLayer, which has one matrix for q, k, v."""
+    names = {"attention.output.dense": "self_attn.out_proj", "intermediate.dense": "linear1",
+             "output.dense": "linear2", "layernorm_before": "norm1", "layernorm_after": "norm2"}
+    for number in range(len(decoder.decoder_layers)):
+        layer = f"{prefix}decoder_layers.{number}."
+        for kind in (".weight", ".bias"):
+            for published, name in names.items():
+                if layer + published + kind in state_dict:
+                    state_dict[layer + name + kind] = state_dict.pop(layer + published + kind)
+            parts = [f"{layer}attention.attention.{part}{kind}" for part in ("query", "key", "value")]
+            if set(parts) <= set(state_dict):
+                joined = torch.cat([state_dict.pop(part) for part in parts])
+                state_dict[f"{layer}self_attn.in_proj{kind.replace('.', '_')}"] = joined
+
+
+class RAE(nn.Module):
+    """The paper's autoencoder, frozen: images [B, 3, 256, 256] <-> latents [B, 256, 768].
+
+    Patches have 14 pixels in the encoder and 16 in the decoder, so images go in at 224 pixels and
+    come out at 256: 16 x 16 patches both times. pretrained=False: random weights, no statistics.
+    """
+
+    latent_shape = (256, 768)                                                # N, C
+
+    def __init__(self, weights_dir="", pretrained=True):
+        super().__init__()
+        import timm
+        file = str(find_weights("model.safetensors", weights_dir)) if pretrained else ""
+        try:
+            self.encoder = timm.create_model(                # it resamples the positions to 16 x 16
+                "vit_base_patch14_reg4_dinov2.lvd142m", pretrained=pretrained, num_classes=0,
+                img_size=224, pretrained_cfg_overlay={"file": file})
+        except Exception as error:
+            raise UserError(f"{file} is not DINOv2 with registers ({str(error)[:300]})") from None
+        self.encoder.norm = nn.LayerNorm(768, eps=1e-6, elementwise_affine=False)
+        self.decoder = RAEDecoder()
+        statistics = {"mean": torch.zeros(768, 1), "var": torch.ones(768, 1)}
+        if pretrained:
+            load_weights(self.decoder, find_weights("model.pt", weights_dir))
+            path = find_weights("stat.pt", weights_dir)
+            statistics = read_weights(path)                                  # [C, 16, 16] or [C]
+        for name in ("mean", "var"):
+            values = statistics[name].float().reshape(768, -1).T             # [N, C] or [1, C]
+            self.register_buffer("latent_" + name, values.contiguous())
+        self.eval().requires_grad_(False)
+
+    def encode(self, images):
+        """Images in [0, 1] -> latents with mean 0 and variance 1."""
+        x = F.interpolate(images, (224, 224), mode="bicubic")                # [B, 3, 224, 224]
+        x = (x - IMAGENET_MEAN.to(x)) / IMAGENET_STD.to(x)
+        tokens = self.encoder.forward_features(x).float()                    # [B, 5 + N, C]
+        z = tokens[:, 5:]                                    # no class token, no registers
+        return (z - self.latent_mean) / (self.latent_var + 1e-5).sqrt()
+
+    def decode(self, z):
+        """Latents -> images in [0, 1]."""
+        return self.decoder(z * (self.latent_var + 1e-5).sqrt() + self.latent_mean).clamp(0, 1)
 
 
 def load_autoencoder(name, config=None, pretrained=True):
-    """-> "tiny": TinyRAE of the sizes in config, whose weights come from a run. "dinov2-b": RAE.
-
-    RAE has the published weights, or, with pretrained=False, random ones, mean 0 and variance 1.
-    """
-    refuse(name not in ("tiny", "dinov2-b"), f"no autoencoder {name}: tiny or dinov2-b")
+    """"tiny": a TinyRAE of config's sizes, not trained yet. "dinov2-b": the paper's RAE, with the
+    published weights or, with pretrained=False, random ones."""
     config = config or Config()
-    return TinyRAE(config) if name == "tiny" else extras().RAE(config.weights_dir, pretrained)
+    if name == "tiny":
+        return TinyRAE(config.image_size, config.patch_size, config.latent_channels)
+    if name == "dinov2-b":
+        return RAE(config.weights_dir, pretrained)
+    raise UserError(f"no autoencoder {name}: choose tiny or dinov2-b")
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. The sphere
 # --------------------------------------------------------------------------------------------------
-#     A latent [N, C] is one vector of L = N C numbers; the sphere has the radius sqrt(L).
-#     angle_between and slerp, for looking and editing, are in extras.py.
+#     A latent [N, C] is one vector of L = N C numbers. The sphere has the radius sqrt(L).
 
 def spherify(z):
-    """f(z): divide by the root mean square over all but the batch axis: the norm becomes sqrt(L).
+    """f(z) = z / sqrt(mean(z^2)), the mean over all but the batch axis: the norm becomes sqrt(L).
 
-    z [B, ...] -> fp32, same shape. The zero latent has no direction and stays zero; the 1e-6 under
-    the root keeps its gradient finite (a new denoiser predicts exactly zero).
+    z [B, ...] -> float32, same shape. Zero stays zero; 1e-6 under the root, as in Sphere Encoder,
+    keeps the gradient there finite.
     """
     return F.rms_norm(z.float(), z.shape[1:], eps=1e-6)
 
 
 def tilt(v, e, alpha):
-    """cos(alpha) v + sin(alpha) e: v tilted towards e by alpha, a number or [B], radians."""
+    """cos(alpha) v + sin(alpha) e; alpha in radians, a number or [B]."""
     alpha = torch.as_tensor(alpha, dtype=torch.float32, device=v.device)
     alpha = alpha.view(-1, *[1] * (v.dim() - 1))             # broadcasts over [B, ...]
     return alpha.cos() * v.float() + alpha.sin() * e.float()
 
 
 def noisy_spherify(v, e, alpha):
-    """f(cos(alpha) v + sin(alpha) e): equals f(v + tan(alpha) e), but v at 0 and f(e) at pi/2."""
+    """f(cos(alpha) v + sin(alpha) e): v at 0, pure noise f(e) at pi/2.
+
+    Below pi/2 this equals f(v + sigma e) with sigma = tan(alpha), the form of the papers.
+    """
     return spherify(tilt(v, e, alpha))
 
 
+def angle_between(a, b):
+    """Angles [B] between points a and b [B, ...], radians; exact for small angles too."""
+    a = spherify(a).flatten(1)
+    b = spherify(b).flatten(1)
+    return 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))
+
+
+def slerp(a, b, t):
+    """Spherical interpolation: the point at share t (a number or [B]) of the arc from a to b."""
+    a, b = spherify(a), spherify(b)
+    shape = (-1, *[1] * (a.dim() - 1))                       # broadcasts over [B, ...]
+    t = torch.as_tensor(t, dtype=torch.float32, device=a.device).view(shape)
+    omega = angle_between(a, b).view(shape)
+    on_arc = torch.sin((1 - t) * omega) * a + torch.sin(t * omega) * b
+    on_line = torch.lerp(a, b, t)                            # where the arc is too short to divide
+    return spherify(torch.where(omega < 1e-3, on_line, on_arc))
+
+
 def sample_angles(batch, config, generator=None):
-    """-> alpha_small, alpha_large, each [B], radians: tan(alpha_small) = s tan(alpha_large)."""
-    on = {"generator": generator, "device": generator and generator.device}
-    limit = math.radians(config.max_angle)
+    """Draw alpha_small and alpha_large, each [B], radians: tan(small) = s tan(large).
+
+    The paper's distribution is a logit-normal of unknown parameters. Sphere Encoder's is
+    "uniform-tangent": tan(large) uniform, one value in each of B equal parts.
+    """
+    device = generator.device if generator is not None else None
+    largest = math.radians(config.max_angle)
     if config.noise_distribution == "logit-normal":
-        large = limit * (config.noise_mean + config.noise_std * torch.randn(batch, **on)).sigmoid()
+        logit = torch.randn(batch, generator=generator, device=device)
+        share = torch.sigmoid(config.noise_mean + config.noise_std * logit)
+        alpha_large = largest * share
+    elif config.noise_distribution == "uniform":
+        alpha_large = largest * torch.rand(batch, generator=generator, device=device)
     else:
-        r = torch.rand(batch, **on)
-        parts = (torch.arange(batch, device=on["device"]) + r) / batch       # one r in each
-        uniform = config.noise_distribution == "uniform"
-        large = limit * r if uniform else torch.atan(parts * math.tan(limit))
-    s = config.small_ratio * torch.rand(batch, **on)
-    return torch.atan2(s * large.sin(), large.cos()), large
+        within_part = torch.rand(batch, generator=generator, device=device)
+        share = (torch.arange(batch, device=device) + within_part) / batch
+        alpha_large = torch.atan(share * math.tan(largest))
+    s = config.small_ratio * torch.rand(batch, generator=generator, device=device)
+    alpha_small = torch.atan2(s * alpha_large.sin(), alpha_large.cos())
+    return alpha_small, alpha_large
 
 
 # --------------------------------------------------------------------------------------------------
@@ -554,620 +1078,1060 @@ def sample_angles(batch, config, generator=None):
 
 def distance(a, b):
     """Mean squared error between latents [B, N, C], smooth L1 between images [B, 3, H, W]."""
-    return (F.smooth_l1_loss if a.dim() == 4 else F.mse_loss)(a.float(), b.float())
+    if a.dim() == 4:
+        return F.smooth_l1_loss(a.float(), b.float())
+    return F.mse_loss(a.float(), b.float())
 
 
 def reconstruction_loss(z_hat_small, target):
-    """Loss 1: from little noise, come back to the target."""
+    """Loss 1: from little noise, return to the clean point."""
     return distance(z_hat_small, target)
 
 
 def consistency_loss(z_hat_large, z_hat_small):
-    """Loss 2: from much noise, come to where little noise came; no gradient to z_hat_small."""
+    """Loss 2: from much noise, arrive where little noise arrived. No gradient to z_hat_small."""
     return distance(z_hat_large, z_hat_small.detach())
 
 
 def latent_consistency_loss(v_hat_large, v):
-    """Loss 3: from much noise, point where v points: 1 - cosine; no gradient to v."""
-    return 1 - (spherify(v_hat_large) * spherify(v.detach())).mean()
+    """Loss 3: from much noise, point where v points: 1 - cosine. No gradient to v."""
+    cosine = (spherify(v_hat_large) * spherify(v.detach())).mean()           # norms are sqrt(L)
+    return 1 - cosine
 
 
-def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large, config, vgg=None):
-    """The training loss of Sphere Latent Encoder, and of Sphere Encoder, which adds a perceptual.
+def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large, config,
+                  perceptual=None):
+    """The training loss of both papers.
 
-    Sphere Latent Encoder: decode = the denoiser, encode = f, target = the clean latent.
-    Sphere Encoder:        decode = D, encode = f o E, target = the image.
-    v, e [B, N, C]; angles [B]; labels [B]. decode(views, labels) is called once, on both views.
-    vgg(images, images): the perceptual distance, if there is one.
-    -> {"reconstruction", "consistency", "latent_consistency": unweighted, "total": weighted}
+                            decode           encode        v              target
+    Sphere Latent Encoder   the denoiser     f             f(z)           z
+    Sphere Encoder          its decoder D    f after E     f(E(image))    the image
+
+    v and e are [B, N, C], labels and angles [B]. decode(points, labels) is called once, for both
+    views. perceptual(images, images) is a further distance for Sphere Encoder.
+    Returns a dict of the losses without their weights, and their weighted sum as "total".
     """
     noisy = noisy_spherify if config.spherify else tilt
-    v_small, v_large = noisy(v, e, alpha_small), noisy(v, e, alpha_large)    # [B, N, C], same e
-    out_small, out_large = decode(torch.cat([v_small, v_large]), labels.repeat(2)).chunk(2)
-    losses = {"reconstruction": reconstruction_loss(out_small, target),
-              "consistency": consistency_loss(out_large, out_small),
-              "latent_consistency": latent_consistency_loss(encode(out_large), v)}
-    if vgg:
-        losses["perceptual"] = vgg(out_small, target) + vgg(out_large, out_small.detach())
-    total = sum(getattr(config, name + "_weight") * loss for name, loss in losses.items())
-    return {**losses, "total": total}
+    v_small = noisy(v, e, alpha_small)                                       # [B, N, C]
+    v_large = noisy(v, e, alpha_large)                                       # [B, N, C]
+    both = decode(torch.cat([v_small, v_large]), labels.repeat(2))
+    z_hat_small, z_hat_large = both.chunk(2)
+    losses = {
+        "reconstruction": reconstruction_loss(z_hat_small, target),
+        "consistency": consistency_loss(z_hat_large, z_hat_small),
+        "latent_consistency": latent_consistency_loss(encode(z_hat_large), v),
+    }
+    total = (config.reconstruction_weight * losses["reconstruction"]
+             + config.consistency_weight * losses["consistency"]
+             + config.latent_consistency_weight * losses["latent_consistency"])
+    if perceptual is not None:
+        losses["perceptual"] = (perceptual(z_hat_small, target)
+                                + perceptual(z_hat_large, z_hat_small.detach()))
+        total = total + losses["perceptual"]
+    losses["total"] = total
+    return losses
 
 
 # --------------------------------------------------------------------------------------------------
 # 7. Training
 # --------------------------------------------------------------------------------------------------
 
-def resolve_device(name):
-    """-> torch.device, one that gives back the numbers it was given ("meta" would not)."""
-    name = (torch.accelerator.current_accelerator(True) or "cpu") if name == "auto" else name
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if str(name) == "cuda" else name
-    with explained(f"--device {name} cannot be used"):
-        torch.set_float32_matmul_precision("high")           # on a GPU: TF32 for what is not bf16
-        return torch.tensor(torch.zeros(1, device=name).tolist(), device=name).device
+def learning_rate_at(step, steps, largest):
+    """Linear warm-up over 50 updates, then constant, then linear decay over the second half."""
+    return largest * min((step + 1) / 50, 1, 2 - 2 * step / steps)
 
 
-def autocast(device):
-    """bf16 where the hardware multiplies it faster than fp32; elsewhere nothing."""
-    pays = {"cpu": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
-            "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)}
-    return torch.autocast(device.type, torch.bfloat16, enabled=pays.get(device.type, False))
+def mirror_half(images, generator):
+    """Mirror images [B, 3, H, W] left to right, each with probability 1/2."""
+    coin = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device) < 0.5
+    return torch.where(coin.to(images.device), images.flip(-1), images)
 
 
-def seeded(seed, number, device="cpu"):
-    """The generator of update, or of image, `number`: a resumed run needs no generator state."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + number)    # a prime: seeds apart
+def fit_tiny_rae(autoencoder, images, config):
+    """Compute the encoder of a TinyRAE from 2,000 images, train its decoder, freeze both.
+
+    The decoder sees noisy latents, because the denoiser's estimates will not be perfect either. Its
+    loss is the squared error of the pixels and of the differences between neighbouring pixels.
+    """
+    device, steps = autoencoder.latent_mean.device, config.autoencoder_steps
+    autoencoder.pca.fit(some_images(images, 2000, config.seed).to(device))
+    weights = list(autoencoder.decoder.parameters())
+    optimizer = torch.optim.Adam(weights, betas=(0.9, 0.95))
+    batches = random_batches(len(images), config, 0, steps)
+    bar = progress(batch_loader(images, batches, device), "decoder", total=steps)
+    for step, (x, _) in enumerate(bar):
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step, steps, 2e-3)
+        generator = seeded_generator(config.seed, step)
+        if config.flips:
+            x = mirror_half(x, generator)                                    # [B, 3, H, W]
+        sigma = 0.25 * torch.randn(len(x), 1, 1, generator=generator).abs()
+        noise = sigma * torch.randn(len(x), *autoencoder.latent_shape, generator=generator)
+        x, noise = x.to(device), noise.to(device)
+        with autocast(device):
+            y = autoencoder.decode_unclamped(autoencoder.encode(x) + noise)  # [B, 3, H, W]
+        pixels = F.mse_loss(y, x)
+        across = F.mse_loss(y.diff(dim=3), x.diff(dim=3))
+        down = F.mse_loss(y.diff(dim=2), x.diff(dim=2))
+        optimizer.zero_grad()
+        (pixels + 3 * across + 3 * down).backward()
+        nn.utils.clip_grad_norm_(weights, 0.1)
+        optimizer.step()
+        if step % 10 == 9:
+            bar.set_postfix_str(f"squared error {pixels.item():.5f}")
+    return autoencoder.eval().requires_grad_(False)
 
 
-def summed(x):
-    """The sum of a tensor over all processes, in its place. All of them wait here for the last."""
-    WORLD > 1 and dist.all_reduce(x)
-    return x
+@torch.no_grad()
+def encode_images(autoencoder, images, config, folder):
+    """Encode every image once, and its mirror image -> a data set of (latent, label).
+
+    The latents are in a file, in half precision, and all processes share it. Where the disk has no
+    room, the images are returned as they are, and the autoencoder runs in every update.
+    """
+    views, count = 1 + config.flips, len(images)
+    shape = (views, count, *autoencoder.latent_shape)
+    path, size = folder / "latents.bin", 2 * math.prod(shape)
+    is_there = path.exists() and path.stat().st_size == size
+    free = shutil.disk_usage(folder).free
+    has_room = torch.tensor(float(is_there or size < 0.9 * free))
+    if sum_over_processes(has_room) < process_count():
+        say(f"no room for {size / 1e9:.1f} GB of latents in {folder}, {free / 1e9:.1f} GB are free: "
+            "the autoencoder will run in every update, which is slower")
+        return images
+    target = path if is_there else path.with_name(path.name + ".part")
+    latents = torch.from_file(str(target), shared=True, size=math.prod(shape), dtype=torch.float16)
+    latents = latents.view(shape)                                            # [1 or 2, n, N, C]
+    if not is_there:
+        device = autoencoder.latent_mean.device
+        batches = in_batches(list(range(count)))[process_number()::process_count()]
+        loader = batch_loader(images, batches, device)
+        for numbers, (x, _) in zip(batches, progress(loader, "encoding", total=len(batches))):
+            for view in range(views):
+                with autocast(device):
+                    z = autoencoder.encode(x.to(device))                     # [B, N, C]
+                latents[view, numbers[0]:numbers[-1] + 1] = z.half().cpu()
+                x = x.flip(-1)
+        sum_over_processes(torch.zeros(1))
+        if process_number() == 0:
+            os.replace(target, path)
+    return TensorDataset(latents.flatten(0, 1), images.labels.repeat(views))
+
+
+class Objective(nn.Module):
+    """From a batch to its losses, as a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model, losses):
+        super().__init__()
+        self.model = model
+        self.losses = losses
+
+    def forward(self, *batch):
+        return self.losses(*batch)
+
+
+def update(model, objective, optimizer, x, labels, config, step):
+    """One update from this process's share (x, labels) of a batch -> its losses, a dict of scalars.
+
+    Noise, angles and dropped labels are drawn for the whole batch and then shared out, so that the
+    result does not depend on the number of processes.
+    """
+    device = labels.device
+    generator = seeded_generator(config.seed, step, device)
+    is_dropped = torch.rand(config.batch_size, generator=generator, device=device) < LABEL_DROPOUT
+    alpha_small, alpha_large = sample_angles(config.batch_size, config, generator)
+    e = torch.randn(config.batch_size, *model.latent_shape, generator=generator, device=device)
+    if x.dim() == 4 and config.flips:                        # images; latents include mirror images
+        x = mirror_half(x, generator)
+    share = slice(process_number(), None, process_count())
+    labels = labels.masked_fill(is_dropped[share], model.num_classes)
+    batch = (x, labels, e[share], alpha_small[share], alpha_large[share])
+
+    optimizer.zero_grad()
+    totals = []
+    for part, tensors in enumerate(zip(*[tensor.chunk(config.accumulate) for tensor in batch])):
+        is_last = part == config.accumulate - 1              # gradients are exchanged once
+        exchange = contextlib.nullcontext()
+        if process_count() > 1 and not is_last:
+            exchange = objective.no_sync()
+        with exchange:
+            with autocast(device):
+                losses = objective(*tensors)
+            (losses["total"] / config.accumulate).backward()
+        totals.append(torch.stack([loss.detach() for loss in losses.values()]))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    means = torch.stack(totals).mean(0)
+    return {**dict(zip(losses, means)), "gradient_norm": norm.detach()}
+
+
+@torch.no_grad()
+def update_average(average, model, decay):
+    """The exponential moving average (EMA) of the weights, with which images are generated."""
+    for averaged, current in zip(average.parameters(), model.parameters()):
+        averaged.lerp_(current, 1 - decay)
+
+
+def mean_losses(recent):
+    """A list of dicts of scalars -> a dict of floats: the mean over updates and processes."""
+    table = torch.stack([torch.stack(list(losses.values())) for losses in recent])
+    means = sum_over_processes(table.mean(0)) / process_count()
+    return dict(zip(recent[0], means.tolist()))
+
+
+class Stopped(Exception):
+    """Training was stopped by a signal, and saved."""
+
+
+class StopRequest:
+    """Ctrl-C, or SIGTERM from a cluster's scheduler: the training loop saves, then stops."""
+
+    def __enter__(self):
+        self.received = False
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def receive(self, number, frame):
+        self.received = True
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def is_for_all(self, step):
+        """Has any process received one? With several, they ask each other at every tenth update."""
+        if process_count() > 1 and step % 10 != 9:
+            return False
+        return sum_over_processes(torch.tensor(float(self.received))).item() > 0
 
 
 def save_checkpoint(path, state):
-    """Write beside `path`, then rename: a reader finds the old file or the new, never a half."""
-    temporary = path.with_name(path.name + ".part")
-    with explained(f"cannot write {path}, the one before is kept: make room, then --resume"):
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    try:
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:                 # torch on a full disk: RuntimeError
+        raise UserError(f"cannot write {path} ({error}); the one before it is kept") from None
 
 
 def read_checkpoint(path):
-    with explained(f"{path} is no checkpoint of this program, or damaged"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {**state, "step": state["step"], "config": Config(**state["config"])}
+    """A checkpoint or its run folder -> the dict that was saved. Never runs code from the file."""
+    path = pathlib.Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"no checkpoint {path}; an unfinished run goes on with train --resume RUN")
+    state = read_weights(path)
+    if not isinstance(state, dict) or not {"step", "config", "average"} <= set(state):
+        raise UserError(f"{path} is not a checkpoint of this program")
+    unknown = set(state["config"]) - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise UserError(f"{path} is from another version: it has the settings {', '.join(unknown)}")
+    state["config"] = Config(**state["config"])
+    return state
 
 
 def write_table(path, rows):
-    RANK or path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    """Dicts with the same keys -> a .csv file."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def learning_rate_at(step, steps, config):
-    """Linear warm-up over 50 updates, constant, linear decay over the second half."""
-    return config.learning_rate * min((step + 1) / 50, 1, 2 - 2 * step / steps)
+def fit(model, losses, dataset, classes, config, folder, keep, on_save):
+    """The training loop -> the averaged model. It goes on from folder/checkpoint.pt if that exists.
 
-
-def optimise(model, losses_of, steps, config, path, keep, on_save=lambda average: None):
-    """The one training loop, for the autoencoder and for the denoiser -> the averaged model (EMA).
-
-    losses_of(step) gives a dict of scalars with a "total", of this process's part of the batch.
-    State and the entries of `keep` go to the file `path`, mean losses to a .csv; if `path` is there
-    already, training goes on from it.
+    losses(x, labels, e, alpha_small, alpha_large): a dict with "total". keep: further entries of
+    the checkpoint. on_save(average) is called with every checkpoint.
     """
-    device, weights = next(model.parameters()).device, list(model.parameters())
+    device, path = next(model.parameters()).device, folder / "checkpoint.pt"
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimiser = torch.optim.Adam(weights, betas=(0.9, 0.95), fused=device.type != "mps")
-    parts = {"model": model, "ema": average, "optimiser": optimiser}
-    first, log, recent, asked, began = 0, [], [], [], time.time()
-    table = path.with_name("log.csv" if keep else "autoencoder.csv")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=device.type != "mps")
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    first_step, log, began = 0, [], time.time()
     if path.exists():
         state = read_checkpoint(path)
-        refuse(state.get("classes") != keep.get("classes"), f"{path} is of other classes than now")
-        with explained(f"{path} is no checkpoint of this program, or damaged"):
-            first, log, began = int(state["step"]), state["log"], began - state["log"][-1][-1]
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        write_table(table, log)                              # the file may be cut, or gone
-    before = signal.signal(signal.SIGINT, lambda *_: asked.append("Ctrl-C"))
-    try:
-        for step in (bar := tqdm(range(first, steps), path.stem, steps, initial=first)):
-            optimiser.param_groups[0]["lr"] = learning_rate_at(step, steps, config)
-            losses = losses_of(step)
-            optimiser.zero_grad()
-            (losses["total"] / WORLD).backward()
-            _ = [summed(weight.grad) for weight in weights if weight.requires_grad]
-            norm = nn.utils.clip_grad_norm_(weights, 1.0)
-            optimiser.step()
-            decay = min(config.ema_decay, (2 + step) / (11 + step))          # short memory at first
-            torch._foreach_lerp_([*average.parameters()], [w.detach() for w in weights], 1 - decay)
-            # 0 * norm: a gradient that is not finite shows, even under a loss that is
-            recent.append(torch.stack([loss.detach() + 0 * norm for loss in losses.values()]))
-            save = (step + 1) % config.save_every == 0 or step + 1 == steps or asked and WORLD == 1
-            if save or step % 10 == 9:
-                mean = torch.stack(recent).mean(0) / WORLD   # asked: any process may have been
-                *means, stop = summed(torch.cat([mean, mean.new_tensor([len(asked)])])).tolist()
-                recent.clear()
-                refuse(not math.isfinite(sum(means)), f"the loss is not finite near update "
-                       f"{step + 1}; the last good checkpoint is kept: lower --learning-rate")
-                log = log or [["step", *losses, "seconds"]]
-                log.append([step + 1, *means, time.time() - began])
-                bar.set_postfix_str(" ".join(f"{k} {x:.3f}" for k, x in zip(losses, means)))
-            step == first and bar.unpause()                  # it may compile: the clock starts now
-            if step - first == 9 and (days := bar.format_dict["elapsed"] * steps / 9 / 86400) > 1:
-                tqdm.write(f"{steps} updates, at the pace of the first: about {days:.1f} days")
-            if save or step % 10 == 9 and stop:
-                state = {name: part.state_dict() for name, part in parts.items()} | keep
-                state |= {"step": step + 1, "log": log, "config": dataclasses.asdict(config)}
-                on_save(average)                             # first, or a kill could lose it
-                RANK or save_checkpoint(path, state)
-                write_table(table, log)
-                if summed(torch.tensor(len(asked))):         # none goes on before it is written
-                    raise KeyboardInterrupt(path.parent)
-    finally:
-        signal.signal(signal.SIGINT, before)
+        if state["classes"] != list(classes):
+            raise UserError(f"{path} is of other classes than the images that are there now")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        first_step, log = state["step"], state["log"]
+        began -= log[-1]["seconds"]
+    objective = Objective(model, losses)
+    if process_count() > 1:
+        objective = nn.parallel.DistributedDataParallel(objective)
+    batches = random_batches(len(dataset), config, first_step, config.train_steps)
+    bar = progress(batch_loader(dataset, batches, device), config.method, initial=first_step,
+                   total=config.train_steps)
+    recent = []
+    with StopRequest() as stop:
+        for step, (x, labels) in enumerate(bar, first_step):
+            rate = learning_rate_at(step, config.train_steps, config.learning_rate)
+            optimizer.param_groups[0]["lr"] = rate
+            x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            recent.append(update(model, objective, optimizer, x, labels, config, step))
+            update_average(average, model, min(config.ema_decay, (2 + step) / (11 + step)))
+
+            done, stopping = step + 1, stop.is_for_all(step)
+            saving = stopping or done % config.save_every == 0 or done == config.train_steps
+            if saving or done % 10 == 0:
+                means = mean_losses(recent)
+                recent = []
+                if not math.isfinite(sum(means.values())):
+                    raise UserError(f"the loss is not finite near update {done}: lower "
+                                    f"--learning-rate; the last checkpoint is kept in {folder}")
+                log.append({"step": done, **means, "seconds": time.time() - began})
+                bar.set_postfix(reconstruction=f"{means['reconstruction']:.3f}")
+            if saving:
+                on_save(average)
+                if process_number() == 0:
+                    state = {name: part.state_dict() for name, part in parts.items()}
+                    save_checkpoint(path, {**state, **keep, "step": done, "log": log,
+                                           "classes": list(classes), "config": vars(config)})
+                    write_table(folder / "log.csv", log)
+                sum_over_processes(torch.zeros(1))           # none goes on before it is written
+            if stopping:
+                raise Stopped(f"stopped after update {done} of {config.train_steps}; go on with: "
+                              f"python sphere_latent.py train --resume {folder}")
     return average
-
-
-def fit_autoencoder(config, images, path, device):
-    """Train TinyRAE on `images`, measure the mean and variance of its latents, freeze it."""
-    torch.manual_seed(config.seed)
-    autoencoder = TinyRAE(config).to(device)
-    autoencoder.start_from_pca(images.pixels[torch.randperm(len(images))[:2000]] / 255)
-
-    def losses_of(step):
-        generator = seeded(config.seed, step)
-        chosen = torch.randint(len(images), (config.batch_size,), generator=generator)
-        mirrored = torch.rand(len(chosen), generator=generator) < 0.5 * config.flips
-        x = images.batch((chosen + len(images) * mirrored)[PART], device)    # [B, 3, H, W]
-        with autocast(device):
-            z = autoencoder.encode_raw(x)                    # of size 1, noise about half of it
-            sigma = 0.5 * torch.randn(len(chosen), 1, 1, generator=generator).abs()
-            noise = sigma * torch.randn(len(chosen), *z.shape[1:], generator=generator)
-            y = autoencoder.decode_raw(z + noise[PART].to(device))
-        edges = sum(F.l1_loss(y.diff(dim=axis), x.diff(dim=axis)) for axis in (2, 3))
-        return {"pixels": F.l1_loss(y, x), "edges": edges, "total": F.l1_loss(y, x) + edges}
-
-    autoencoder = optimise(autoencoder, losses_of, config.autoencoder_steps, config, path, {})
-    some = torch.arange((1 + config.flips) * len(images))[:100_000].split(256)     # are enough
-    with torch.no_grad(), autocast(device):
-        z = torch.cat([autoencoder.encode(images.batch(i, device)) for i in some])
-    autoencoder.latent_mean[0], autoencoder.latent_var[0] = z.mean((0, 1)), z.var((0, 1))
-    return autoencoder
-
-
-def latent_reader(autoencoder, images, config, folder, device):
-    """-> a function from numbers [B], as those of Images.batch, to latents [B, N, C].
-
-    They are encoded once, in memory if they fit into 1 GB, else in a file in half precision; where
-    the disk is too small for that, the autoencoder runs in every update.
-    """
-    @torch.no_grad()
-    def encode(numbers):
-        with autocast(device):
-            return autoencoder.encode(images.batch(numbers, device)).float()
-    shape = (1 + config.flips) * len(images), *autoencoder.latent_shape
-    if config.latents or 4 * math.prod(shape) > 1e9:
-        return extras().latent_file(config.latents or folder / "latents.npy", shape, encode, device)
-    data = torch.cat([encode(i) for i in tqdm(torch.arange(shape[0]).split(256), "encoding")])
-    return lambda numbers: data[sent(numbers, device)]
-
-
-def fit_denoiser(config, images, autoencoder, path, device):
-    """Train with the three losses -> the averaged model, a Denoiser or a SphereEncoder.
-
-    It learns from latents or, for a SphereEncoder, where autoencoder is None, from images.
-    """
-    read = (latent_reader(autoencoder, images, config, path.parent, device) if autoencoder else
-            lambda numbers: images.batch(numbers, device))
-    torch.manual_seed(config.seed)
-    labels, pool, ahead = images.labels.repeat(1 + config.flips), ThreadPoolExecutor(1), {}
-    model = denoiser_for(config, autoencoder and autoencoder.latent_shape, len(images.classes))
-    if pixels := isinstance(model, SphereEncoder):
-        model.start_from_pca(images.batch(torch.randperm(len(labels))[:2000]))
-    network = torch.compile(model.to(device)) if config.compile else model.to(device)
-    project = spherify if config.spherify else lambda z: z
-    vgg = pixels and config.dataset != "drawn" and extras().perceptual_distance(config, device)
-
-    def batch(step):
-        generator = seeded(config.seed, step)
-        chosen = torch.randint(len(labels), (config.batch_size,), generator=generator)
-        dropped = torch.rand(len(chosen), generator=generator) < config.label_dropout
-        y = labels[chosen].masked_fill(dropped, model.num_classes)
-        return read(chosen[PART]), sent(y[PART], device), generator          # [B, ...], [B]
-
-    def losses_of(step):
-        x, y, generator = (ahead.pop(step, None) or pool.submit(batch, step)).result()
-        ahead[step + 1] = pool.submit(batch, step + 1)       # read while this one is computed
-        with autocast(device):
-            target = spherify(x) if config.sphere_target and not pixels else x
-            encode = (lambda images: model.encode_raw(images, y)) if pixels else project
-            v = encode(target)                                               # [B, N, C]
-            # on a GPU so much noise is quicker drawn there
-            generator = generator if device.type == "cpu" else seeded(config.seed, step, device)
-            e = torch.randn(config.batch_size, *v.shape[1:], generator=generator, device=device)
-            angles = [a[PART] for a in sample_angles(config.batch_size, config, generator)]
-            return sphere_losses(network, encode, v, target, y, e[PART], *angles, config, vgg)
-
-    own = isinstance(autoencoder, TinyRAE)                   # the published one is not copied
-    keep = {"autoencoder": autoencoder.state_dict() if own else {}, "classes": images.classes}
-    steps, figure = config.train_steps, path.with_name("samples.png")
-    return optimise(model, losses_of, steps, config, path, keep, lambda average: sample_figure(
-        average, autoencoder or average, images.classes, config, figure))
-
-
-def train(config):
-    """Images in, run folder out: autoencoder, latents, denoiser, pictures, Fréchet distances."""
-    device = resolve_device(config.device)
-    with open_run(config) as (folder, config):
-        images, held_out = load_images(config, "train"), load_images(config, "test")
-        if not (config.resume or RANK):                      # an old run goes only now
-            for name in RUN_FILES * config.overwrite:        # else latents alone: they serve
-                (folder / name).unlink(missing_ok=True)
-            (folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
-        summed(torch.zeros(1))
-        autoencoder = None                                   # Sphere Encoder is its own
-        if config.method == "sphere-latent":
-            autoencoder = (load_run(folder, device)[1] if (folder / "checkpoint.pt").exists() else
-                           fit_autoencoder(config, images, folder / "autoencoder.pt", device)
-                           if config.autoencoder == "tiny" else
-                           load_autoencoder(config.autoencoder, config).to(device))
-        denoiser = fit_denoiser(config, images, autoencoder, folder / "checkpoint.pt", device)
-        RANK or loss_figure(folder / "checkpoint.pt")
-        autoencoder = autoencoder or denoiser
-        reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
-        evaluate_run(config, autoencoder, denoiser, folder / "frechet.csv", held_out)
-        for name in ("autoencoder.pt", "latents.npy")[:1 if config.latents else 2]:
-            RANK or (folder / name).unlink(missing_ok=True)  # checkpoint.pt holds what is needed
-    return folder
-
-
-RUN_FILES = ("checkpoint.pt", "autoencoder.pt", "log.csv", "autoencoder.csv", "frechet.csv",
-             "loss.png", "samples.png", "reconstructions.png", "latents.npy", "reference.npz")
-
-
-@contextlib.contextmanager
-def open_run(config):
-    """-> run folder, config; until the end no other run may write there.
-
-    A run that is there already is neither lost nor taken for another.
-    """
-    folder = pathlib.Path(config.resume or config.out or f"runs/{config.dataset}")
-    held = [folder / name for name in RUN_FILES[:-2] if (folder / name).exists()]
-    if config.resume:
-        refuse(not held or held[0].suffix != ".pt", f"no checkpoint in {folder}: start again")
-        saved = read_checkpoint(held[0])["config"]
-        config = dataclasses.replace(saved, resume=config.resume, device=config.device,
-                                     data_dir=config.data_dir or saved.data_dir)
-    refuse(held and not (config.resume or config.overwrite), f"{folder} already holds a run: go on "
-           f"with it (--resume {folder}), replace it (--overwrite), or choose another --out")
-    # --resume works from anywhere, but for the default folder data, which is looked for there
-    config = dataclasses.replace(config, **{name: os.path.abspath(path) for name, path in vars(
-        config).items() if path and name in ("data_dir", "weights_dir", "latents", "reference")})
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:                # gone with the process, in any case
-        with contextlib.suppress(ImportError):               # Windows has no fcntl
-            import fcntl
-            with explained(f"{folder} is in use by another run"):
-                RANK or fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        summed(torch.zeros(1))                               # none writes before all have looked
-        yield folder, config
 
 
 # --------------------------------------------------------------------------------------------------
 # 8. Sampling
 # --------------------------------------------------------------------------------------------------
 
-SHARES = {"encoder": 1.0, "decoder": 0.0, "both": 0.5}       # --cfg-position: the encoder's part
-
-
-def guided(network, x, labels, null, scale):
-    """Classifier-free guidance: network(x, labels), pushed away from what the null label gives."""
+def guided(network, x, labels, null_label, scale):
+    """Classifier-free guidance: network(x, labels), pushed away from network(x, null label)."""
     if scale == 1:
         return network(x, labels).float()
-    both = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, null)])
-    z, z_null = network(*both).float().chunk(2)
-    return z_null + scale * (z - z_null)
+    null_labels = torch.full_like(labels, null_label)
+    both = network(torch.cat([x, x]), torch.cat([labels, null_labels])).float()
+    conditional, unconditional = both.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
 
 
 @torch.no_grad()
-def sample(denoiser, labels, steps=4, cfg_scale=1.0, angle=math.pi / 2, schedule="decaying",
-           fresh_noise=True, sphere=True, noise=None, generator=None, return_path=False, share=0.5):
-    """Random points of the sphere to clean latents [B, N, C], with `steps` calls of the denoiser.
+def sample(denoiser, labels, steps=4, cfg_scale=1.0, largest_tilt=math.pi / 2, noise=None,
+           generator=None, return_path=False, sphere=True):
+    """Random points on the sphere -> clean latents z [B, N, C], by `steps` calls of the denoiser.
 
-    labels [B]; cfg_scale 1 is off; angle, radians: how far the point is tilted back before the next
-    step, each time ("fixed") or less and less ("decaying"). noise: e of all steps [B, N, C] or of
-    each [steps, B, N, C]; None draws it, once or, with fresh_noise, for each step. The last output
-    is returned as it is; with return_path: (z, [each noisy point and each output in turn]).
-    A SphereEncoder puts out images [B, 3, H, W], which it encodes before the next step; share: how
-    much of the guidance its encoder has: 0.5, as much as the decoder, is the root for each.
+    labels [B]. Call k of n is followed by a tilt of (1 - k/n) largest_tilt, radians, with new noise.
+    noise: [steps, B, N, C], drawn if None. The last estimate is returned as it is, not spherified
+    ("raw final step"); with return_path, also the list of all noisy points and estimates, in turn.
+    sphere=False: without projections, for a denoiser that was trained without them.
     """
     if noise is None:
-        shape = [steps] * fresh_noise + [len(labels), *denoiser.latent_shape]
-        noise = torch.randn(shape, generator=generator, device=(generator or labels).device)
-    project, path, null = spherify if sphere else lambda z: z, [], denoiser.num_classes
-    if pixels := isinstance(denoiser, SphereEncoder):
-        encoder_scale, cfg_scale = cfg_scale ** share, cfg_scale ** (1 - share)
-    for k, e in enumerate(noise.to(labels.device).expand(steps, *noise.shape[-3:])):
-        alpha = angle if schedule == "fixed" else angle * (1 - k / steps)
-        if k and pixels:
-            z = guided(denoiser.encode_raw, z, labels, null, encoder_scale)
-        v = project(tilt(project(z), e, alpha) if k else e)                  # [B, N, C]
-        z = guided(denoiser, v, labels, null, cfg_scale)                     # [B, N, C]
-        path += [v, z]
-    return (z, path) if return_path else z
+        noise = torch.randn(steps, len(labels), *denoiser.latent_shape, generator=generator,
+                            device=labels.device if generator is None else generator.device)
+    noise = noise.to(labels.device)                                          # [steps, B, N, C]
+    project = spherify if sphere else torch.Tensor.float
+    v, path = project(noise[0]), []                                          # [B, N, C]
+    for k in range(1, steps + 1):
+        z_hat = guided(denoiser, v, labels, denoiser.num_classes, cfg_scale)         # [B, N, C]
+        path += [v, z_hat]
+        if k < steps:
+            alpha = (1 - k / steps) * largest_tilt
+            v = project(tilt(project(z_hat), noise[k], alpha))               # [B, N, C]
+    return (z_hat, path) if return_path else z_hat
 
 
-def seeded_noise(count, latent_shape, seed, draws=1, first=0):
-    """Noise [draws, count, N, C]; that of image n = first + i depends on the seed and n alone."""
-    generators = [seeded(seed, first + i) for i in range(count)]
-    with ThreadPoolExecutor() as pool:                       # one generator counts on one core
-        return torch.stack([torch.stack([*pool.map(lambda generator: torch.randn(
-            latent_shape, generator=generator), generators)]) for _ in range(draws)])
+def seeded_noise(numbers, latent_shape, seed, draws):
+    """Noise [draws, B, N, C] for the images with these numbers, the same alone or in any batch."""
+    noise = [torch.randn(draws, *latent_shape, generator=seeded_generator(seed, number))
+             for number in numbers]
+    return torch.stack(noise, dim=1)
 
 
 @torch.no_grad()
-def sample_batches(denoiser, autoencoder, labels, config, batch=100):
-    """Sample as config says, decode once: labels [n] -> (numbers, images [B, 3, H, W]) in turns.
-
-    An image depends on its label, its number and the seed, not on how many are drawn at a time. Of
-    several processes each draws its part.
-    """
-    device, draws = next(denoiser.parameters()).device, config.steps if config.fresh_noise else 1
-    for chosen in torch.arange(len(labels)).split(batch)[PART]:
-        e = seeded_noise(len(chosen), autoencoder.latent_shape, config.seed, draws, int(chosen[0]))
+def sample_batches(denoiser, autoencoder, labels, config, steps):
+    """Generate an image for each label [n] -> (numbers, images) in batches, this process's share."""
+    device, largest_tilt = next(denoiser.parameters()).device, math.radians(config.tilt)
+    for numbers in in_batches(list(range(len(labels))))[process_number()::process_count()]:
+        noise = seeded_noise(numbers, denoiser.latent_shape, config.seed, steps).to(device)
+        y = labels[numbers].to(device)
         with autocast(device):
-            z = sample(denoiser, labels[chosen].to(device), config.steps, config.cfg_scale, noise=e,
-                       angle=math.radians(config.tilt), schedule=config.tilt_schedule,
-                       sphere=config.spherify, share=SHARES[config.cfg_position])
-            yield chosen, (z.clamp(0, 1) if z.dim() == 4 else autoencoder.decode(z)).cpu()
+            if config.method == "sphere-encoder":            # section 10
+                images = denoiser.sample(y, steps, config.cfg_scale, largest_tilt, noise[0])
+            else:
+                images = autoencoder.decode(sample(denoiser, y, steps, config.cfg_scale,
+                                                   largest_tilt, noise, sphere=config.spherify))
+        if not images.isfinite().all():
+            raise UserError("the samples are not finite: the weights of this run are damaged")
+        yield numbers, images.float().cpu()
 
 
-def sample_images(denoiser, autoencoder, labels, config, batch=100):
-    """Labels [n] -> all n images [n, 3, H, W], in every process."""
+def sample_images(denoiser, autoencoder, labels, config, steps):
+    """Generate an image for each label [n] -> all images [n, 3, H, W], in every process."""
     images = torch.zeros(len(labels), 3, config.image_size, config.image_size)
-    for chosen, x in sample_batches(denoiser, autoencoder, labels, config, batch):
-        images[chosen] = x
-    return summed(images)
+    for numbers, some in sample_batches(denoiser, autoencoder, labels, config, steps):
+        images[numbers] = some
+    return sum_over_processes(images)
 
 
-def at_each_step_count(denoiser, autoencoder, labels, config):
-    """-> {1: images [n, 3, H, W], 2: ..., 4: ..., 6: ...}: the same noise, that many steps."""
-    return {steps: sample_images(denoiser, autoencoder, labels, dataclasses.replace(
-        config, steps=steps)) for steps in (1, 2, 4, 6)}
+def balanced_labels(count, num_classes):
+    """`count` labels, spread evenly over the classes, even if there are more classes than that."""
+    numbers = torch.arange(count)
+    return numbers * num_classes // count if count < num_classes else numbers % num_classes
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Evaluation
+# 9. FID
 # --------------------------------------------------------------------------------------------------
 
 def frechet_distance(mean_a, cov_a, mean_b, cov_b):
-    """Squared Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr A + tr B - 2 tr (A B)^(1/2).
+    """Squared Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)).
 
-    The last trace is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is
-    symmetric: nothing complex arises, and singular covariances are allowed. float64.
+    tr (A B)^(1/2) is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is
+    symmetric: no complex numbers appear, and singular covariances are allowed. float64.
     """
-    m_a, c_a, m_b, c_b = (torch.as_tensor(x).double() for x in (mean_a, cov_a, mean_b, cov_b))
-    values, vectors = torch.linalg.eigh(c_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ c_b @ root).clamp(min=0).sqrt().sum()
-    return float((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * cross)
+    m_a, a, m_b, b = [torch.as_tensor(x).double() for x in (mean_a, cov_a, mean_b, cov_b)]
+    values, vectors = torch.linalg.eigh(a)
+    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    trace_of_root = torch.linalg.eigvalsh(root_a @ b @ root_a).clamp(min=0).sqrt().sum()
+    return float((m_a - m_b).square().sum() + a.trace() + b.trace() - 2 * trace_of_root)
 
 
-def untrained_features(images, widths=(3, 32, 64, 128, 128)):
-    """Images [n, 3, H, W] -> features [n, 256] of convolutions with fixed random weights.
+class InceptionFID(nn.Module):
+    """Images [B, 3, H, W] in [0, 1] -> pool features [B, 2048] and logits [B, 1008].
 
-    They were learned from nothing, so no run is nearer to them than another. On the drawings they
-    rank samples as a trained classifier does (README).
+    The network of the original FID: torchvision's Inception v3 with the weights of the TensorFlow
+    graph and its peculiarities. There are 1008 outputs, average pools do not count the padding, and
+    the last block pools by maximum. weights: a file; None: the published one.
     """
-    x = 2 * F.interpolate(images, (64, 64), mode="bilinear") - 1
-    for number, (a, b) in enumerate(zip(widths, widths[1:])):
-        weight = nn.init.orthogonal_(torch.empty(b, a, 4, 4), 2 ** 0.5, seeded(0, number))
-        x = F.relu(F.conv2d(x, weight, stride=2, padding=1))                 # [n, b, H/2, W/2]
-    return torch.cat([x.mean((2, 3)), x.std((2, 3))], dim=1)
+
+    def __init__(self, weights=None):
+        super().__init__()
+        from torchvision.models import inception_v3
+        self.network = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
+        load_weights(self.network, weights or find_weights(INCEPTION))
+        self.fc = self.network.fc
+        self.network.fc = nn.Identity()
+        for name, block in self.network.named_children():
+            if hasattr(block, "branch_pool"):
+                self.replace_pool(block, use_maximum=name == "Mixed_7c")
+        self.eval().requires_grad_(False)
+
+    @staticmethod
+    def replace_pool(block, use_maximum):
+        """torchvision pools a block's input inside forward. Put that aside; pool the input anew."""
+        kept = {}
+
+        def keep_input(block, inputs):
+            kept["x"] = inputs[0]
+
+        def pool_anew(branch, pooled):
+            if use_maximum:
+                return F.max_pool2d(kept["x"], 3, stride=1, padding=1)
+            return F.avg_pool2d(kept["x"], 3, stride=1, padding=1, count_include_pad=False)
+
+        block.register_forward_pre_hook(keep_input)
+        block.branch_pool.register_forward_pre_hook(pool_anew)
+
+    def forward(self, images):
+        x = F.interpolate(images.float(), (299, 299), mode="bilinear", align_corners=False)
+        features = self.network(2 * x - 1)                                   # [B, 2048]
+        return features, self.fc(features)
 
 
-def gaussian(images):
-    """Mean and covariance of the features of images [n, 3, H, W], or of batches of them."""
-    batches = images.split(100) if torch.is_tensor(images) else images
-    features = torch.cat([untrained_features(x) for x in batches]).double()
-    return features.mean(0), torch.cov(features.T)
+class UntrainedFeatures(nn.Module):
+    """Images [B, 3, H, W] in [0, 1] -> features [B, 256] of convolutions with fixed random weights.
+
+    They need no download, and no run is nearer to them than another, for they have learned from
+    nothing. They compare runs on the same images and nothing else: their distance is not an FID.
+    """
+
+    def __init__(self):
+        super().__init__()
+        widths = [3, 32, 64, 128, 128]
+        self.convs = nn.ModuleList()
+        for i in range(4):
+            conv = nn.Conv2d(widths[i], widths[i + 1], 4, stride=2, padding=1, bias=False)
+            nn.init.orthogonal_(conv.weight, gain=2 ** 0.5, generator=seeded_generator(0, i))
+            self.convs.append(conv)
+
+    def forward(self, images):
+        x = 2 * F.interpolate(images.float(), (64, 64), mode="bilinear") - 1
+        for conv in self.convs:
+            x = F.relu(conv(x))                                              # [B, width, H/2, W/2]
+        return torch.cat([x.mean((2, 3)), x.std((2, 3))], dim=1), None
 
 
-def evaluate_run(config, autoencoder, denoiser, path, real=None):
-    """Print, and write to `path`, the Fréchet distance to real images at 1, 2, 4 and 6 steps."""
-    if config.features == "inception":
-        return extras().evaluate_fid(config, autoencoder, denoiser, path)
-    labels = torch.arange(config.eval_samples) % denoiser.num_classes
-    real, found = real or load_images(config, "test"), {}
-    reference = gaussian(real.pixels[i] / 255 for i in torch.arange(len(real)).split(100))
-    unit = reference[1].trace().clamp(min=1e-9).item()       # images that are all the same have 0
-    print(f"Fréchet distance in features of an untrained network, in units of real variance, "
-          f"{len(labels)} samples against {len(real)} held-out images, CFG {config.cfg_scale:g}:")
-    for steps, images in at_each_step_count(denoiser, autoencoder, labels, config).items():
-        found[steps] = frechet_distance(*gaussian(images), *reference) / unit
-        print(f"  steps: {steps}   Fréchet distance {found[steps]:.4f}")
-    write_table(path, [["steps", "frechet_distance"], *found.items()])
+@torch.no_grad()
+def feature_statistics(network, batches):
+    """Batches of images, this process's share -> mean and covariance of the features of all, and
+    the Inception Score (over all images at once, from logits without bias, as in the original)."""
+    device = next(network.parameters()).device
+    total = None
+    for images in batches:
+        images = (255 * images.to(device)).round() / 255     # 8 bits, as in image files
+        features, logits = network(images)
+        f = features.double().cpu()                                          # [B, features]
+        sums = [torch.tensor(len(f)).double(), f.sum(0), f.T @ f]
+        if logits is not None:
+            p = (logits - network.fc.bias).double().cpu().softmax(1)         # [B, 1008]
+            sums += [p.sum(0), torch.special.entr(p).sum()]
+        total = sums if total is None else [a + b for a, b in zip(total, sums)]
+    total = [sum_over_processes(x) for x in total]
+    n, first, second = total[:3]
+    mean = first / n
+    covariance = (second - n * torch.outer(mean, mean)) / (n - 1)
+    score = None
+    if len(total) == 5:
+        score = (torch.special.entr(total[3] / n).sum() - total[4] / n).exp().item()
+    return mean, covariance, score
+
+
+def images_in_batches(images):
+    """This process's share of a data set, as batches [B, 3, H, W]."""
+    batches = in_batches(list(range(len(images))))[process_number()::process_count()]
+    for x, _ in batch_loader(images, batches):
+        yield x
+
+
+def rebuild(autoencoder, x):
+    """Images [B, 3, H, W] -> the same after encoding and decoding, and their PSNR [B], decibels."""
+    device = next(autoencoder.parameters()).device
+    with torch.no_grad(), autocast(device):
+        y = autoencoder.decode(autoencoder.encode(x.to(device))).float().clamp(0, 1).cpu()
+    error = (x - y).square().mean((1, 2, 3)).clamp(min=1e-10)
+    return y, -10 * error.log10()
+
+
+STEP_COUNTS = (1, 2, 4, 6)
+
+
+def evaluate_run(name, run, network, held_out, reference, unit):
+    """Yield the rows of the table for one run: rebuilt held-out images, the floor of all that
+    follows, then samples at 1, 2, 4 and 6 steps. The distance to `reference` is divided by unit."""
+    config, autoencoder, denoiser = run
+    models = {autoencoder, denoiser}                         # one model in Sphere Encoder
+    row = {"run": name, "parameters": sum(p.numel() for model in models for p in model.parameters())}
+    decibels = []
+
+    def rebuilt_images():
+        for x in images_in_batches(held_out):
+            y, psnr = rebuild(autoencoder, x)
+            decibels.extend(psnr.tolist())
+            yield y
+
+    mean, covariance, _ = feature_statistics(network, rebuilt_images())
+    distance = frechet_distance(mean, covariance, *reference) / unit
+    yield {**row, "images": "rebuilt", "ms_per_image": "", "inception_score": "",
+           "psnr": f"{sum(decibels) / len(decibels):.2f}", "frechet_distance": f"{distance:.4f}"}
+    labels = balanced_labels(config.eval_samples, denoiser.num_classes)
+    for steps in STEP_COUNTS:
+        began = time.perf_counter()
+        sample_images(denoiser, autoencoder, labels[:50], config, steps)
+        milliseconds = 1000 * (time.perf_counter() - began) / len(labels[:50])
+        batches = sample_batches(denoiser, autoencoder, labels, config, steps)
+        bar = progress(batches, f"{steps} steps", total=math.ceil(len(labels) / 100), leave=False)
+        mean, covariance, score = feature_statistics(network, (images for _, images in bar))
+        distance = frechet_distance(mean, covariance, *reference) / unit
+        yield {**row, "images": f"{steps} steps", "ms_per_image": f"{milliseconds:.1f}", "psnr": "",
+               "inception_score": "" if score is None else f"{score:.2f}",
+               "frechet_distance": f"{distance:.4f}"}
+
+
+def evaluate(runs):
+    """Print a table of runs, {name: (config, autoencoder, denoiser)}, of one data set -> its rows.
+
+    With the paper's autoencoder the distance is FID, to the training images. Otherwise it is in
+    untrained features, to the held-out images, in units of their variance.
+    """
+    configs = [config for config, _, _ in runs.values()]
+    config, device = configs[0], next(list(runs.values())[0][2].parameters()).device
+    if len({(other.dataset, other.image_size, other.autoencoder) for other in configs}) > 1:
+        raise UserError("these runs have other images or autoencoders: evaluate them one by one")
+    held_out = load_images(config, "test")
+    if config.autoencoder == "dinov2-b":
+        network = InceptionFID(find_weights(INCEPTION, config.weights_dir)).to(device)
+        real, unit = load_images(config, "train"), 1.0
+        mean, covariance, _ = feature_statistics(network, images_in_batches(real))
+        say(f"Fréchet distance: FID-{config.eval_samples} to {len(real):,} training images")
+        if config.eval_samples < 2048:
+            say("warning: fewer samples than 2,048 features, so it is far too high; raise --eval-samples")
+    else:
+        network = UntrainedFeatures().to(device)
+        mean, covariance, _ = feature_statistics(network, images_in_batches(held_out))
+        unit = covariance.trace().clamp(min=1e-9).item()
+        say(f"Fréchet distance: in untrained features, {config.eval_samples} samples to "
+            f"{len(held_out):,} held-out images, in units of their variance")
+    say(f"{'run':20} {'images':8} {'parameters':>12} {'ms/image':>9} {'PSNR':>6} "
+        f"{'Fréchet distance':>17} {'Inception Score':>16}")
+    rows = []
+    for name, run in runs.items():
+        for row in evaluate_run(name, run, network, held_out, (mean, covariance), unit):
+            say(f"{name:20} {row['images']:8} {row['parameters']:12,} {row['ms_per_image']:>9} "
+                f"{row['psnr']:>6} {row['frechet_distance']:>17} {row['inception_score']:>16}")
+            rows.append(row)
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Figures
+# 10. Sphere Encoder
 # --------------------------------------------------------------------------------------------------
 
-def picture(path, rows, row_names, column_names=None):
-    """A sheet of images: rows is a list of [n, 3, H, W] in [0, 1], with one name each."""
+class SphereEncoder(nn.Module):
+    """The predecessor: an encoder E and a decoder D, trained together on pixels.
+
+    E maps an image to a point on the sphere; D maps any point on the sphere, however noisy, to an
+    image, and so is the generator. Both get the label, and both start from PCA of patches.
+    """
+
+    def __init__(self, config, num_classes):
+        super().__init__()
+        sizes = (*MODEL_SIZES[config.model_size], num_classes)
+        tokens, channels = (config.image_size // config.patch_size) ** 2, config.latent_channels
+        self.latent_shape = (tokens, channels)
+        self.num_classes = num_classes
+        self.pca = PatchPCA(config.patch_size, channels)
+        self.encoder = Transformer(tokens, channels, channels, *sizes, config.checkpoint_blocks)
+        self.decoder = PixelDecoder(tokens, channels, config.patch_size, *sizes)
+
+    def encode(self, images, labels=None):
+        """f(E(images)): images [B, 3, H, W], labels [B] -> points on the sphere [B, N, C]."""
+        z = self.pca.encode(images)
+        return spherify(z + self.encoder(z, labels))
+
+    def decode(self, v, labels=None):
+        """D(v): points on the sphere [B, N, C], labels [B] -> images [B, 3, H, W], not clamped."""
+        image = self.pca.decode(v)
+        return image + self.decoder(v, image, labels).float()
+
+    def losses(self, images, labels, e, alpha_small, alpha_large, config, perceptual=None):
+        """The losses of Sphere Latent Encoder, with other things put in (see sphere_losses)."""
+        def encode(x):
+            return self.encode(x, labels)
+
+        return sphere_losses(self.decode, encode, encode(images), images, labels, e, alpha_small,
+                             alpha_large, config, perceptual)
+
+    @torch.no_grad()
+    def sample(self, labels, steps=4, cfg_scale=1.0, angle=math.radians(85), noise=None):
+        """Random points on the sphere -> images [B, 3, H, W]. E and D both run in every step.
+
+        All steps have the same noise [B, N, C] and angle, which its paper found best. Guidance acts
+        on both halves, with the square root of cfg_scale each.
+        """
+        if noise is None:
+            noise = torch.randn(len(labels), *self.latent_shape, device=labels.device)
+        null, scale = self.num_classes, math.sqrt(cfg_scale)
+        x = guided(self.decode, spherify(noise), labels, null, scale)
+        for _ in range(steps - 1):
+            v = spherify(guided(self.encode, x, labels, null, scale))
+            x = guided(self.decode, noisy_spherify(v, noise, angle), labels, null, scale)
+        return x.clamp(0, 1)
+
+
+class PerceptualDistance(nn.Module):
+    """Distance of images [B, 3, H, W] in the features of VGG16 before each of its five poolings."""
+
+    def __init__(self, weights):
+        super().__init__()
+        from torchvision.models import vgg16
+        network = vgg16()
+        load_weights(network, weights)
+        self.layers = network.features.eval().requires_grad_(False)
+
+    def forward(self, a, b):
+        x = torch.cat([a, b])
+        x = (x - IMAGENET_MEAN.to(x)) / IMAGENET_STD.to(x)
+        total = 0.0
+        for layer in self.layers:
+            if isinstance(layer, nn.MaxPool2d):
+                features_a, features_b = F.normalize(x.float(), dim=1).chunk(2)      # as in LPIPS
+                total = total + (features_a - features_b).square().sum(1).mean()
+                if x.shape[-1] == 1:                         # small images end here
+                    break
+            x = layer(x)
+        return total
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. Figures
+# --------------------------------------------------------------------------------------------------
+
+def picture(path, rows, row_names, column_names=()):
+    """Write a sheet of images: rows is a list of [n, 3, H, W] in [0, 1], with a name for each."""
+    if process_number() > 0:
+        return
     from matplotlib.figure import Figure
     side, columns = rows[0].shape[-1], len(rows[0])
-    axes = Figure((columns, len(rows)), dpi=128).add_axes((0, 0, 1, 1))      # an inch an image
+    figure = Figure((columns, len(rows)), dpi=128)           # an inch for each image
+    axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c").numpy(), aspect="auto")
-    middle = [side * (n + 0.5) for n in range(max(columns, len(rows)))]
-    axes.set_yticks(middle[:len(rows)], row_names, parse_math=False)
-    axes.set_xticks(middle[:columns], column_names or [""] * columns, parse_math=False)
+    names = []
+    for name in (*row_names, *column_names):                 # the font has no more than Latin letters
+        if max(map(ord, name), default=0) > 0x24F:
+            name = name.encode("ascii", "backslashreplace").decode()
+        names.append(name[:24])
+    middles = [side * (n + 0.5) for n in range(len(names))]
+    axes.set_yticks(middles[:len(rows)], names[:len(rows)], parse_math=False)
+    axes.set_xticks(middles[:len(column_names)], names[len(rows):], parse_math=False)
     axes.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
-    RANK or axes.figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
 
 
 def sample_figure(denoiser, autoencoder, classes, config, path):
-    """The same random points after 1, 2, 4 and 6 steps, a class a column."""
-    labels = torch.arange(12) % len(classes)
-    rows = at_each_step_count(denoiser, autoencoder, labels, config)
-    picture(path, [*rows.values()], [f"steps: {n}" for n in rows], [classes[y] for y in labels])
+    """The same random points after 1, 2, 4 and 6 steps, a class in each column."""
+    labels = balanced_labels(12, len(classes))
+    rows = [sample_images(denoiser, autoencoder, labels, config, n) for n in STEP_COUNTS]
+    picture(path, rows, [f"steps: {n}" for n in STEP_COUNTS], [classes[y] for y in labels])
 
 
 def reconstruction_figure(autoencoder, images, path):
-    """Held-out images above what the autoencoder makes of them -> mean PSNR of 60, decibels."""
-    chosen = torch.randperm(len(images), generator=seeded(0, 0))[:60]
-    x = images.pixels[chosen] / 255
-    with torch.no_grad(), autocast(autoencoder.latent_mean.device):
-        y = autoencoder.decode(autoencoder.encode(x.to(autoencoder.latent_mean.device))).cpu()
-    psnr = float(-10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10().mean())
-    names = [images.classes[label] for label in images.labels[chosen[:12]]]
-    picture(path, [x[:12], y[:12]], ["image", f"rebuilt:\n{psnr:.1f} dB"], names)
-    return psnr
+    """Held-out images, and below them the same images encoded and decoded."""
+    count = min(12, len(images))
+    some = [images[i * len(images) // count] for i in range(count)]
+    x = torch.stack([image for image, _ in some])                            # [12, 3, H, W]
+    y, psnr = rebuild(autoencoder, x)
+    picture(path, [x, y], ["image", f"rebuilt, {psnr.mean():.1f} dB"],
+            [images.classes[label] for _, label in some])
 
 
-def loss_figure(path):
-    """The three unweighted losses of a checkpoint against updates, beside it as loss.png."""
+def loss_figure(log, path):
+    """The three losses, unweighted, against the number of updates."""
+    if process_number() > 0:
+        return
     from matplotlib.figure import Figure
-    names, *rows = read_checkpoint(path)["log"]
-    axes = (figure := Figure((6, 3.5), dpi=128)).subplots()
-    axes.plot([row[0] for row in rows], [row[1:4] for row in rows], label=names[1:4], lw=1)
+    figure = Figure((6, 3.5), dpi=128)
+    axes = figure.subplots()
+    for name in ("reconstruction", "consistency", "latent_consistency"):
+        axes.plot([row["step"] for row in log], [row[name] for row in log], label=name, lw=1)
     axes.set(xlabel="updates", ylabel="loss, unweighted", yscale="log")
     axes.legend(fontsize=8)
-    figure.savefig(path.with_name("loss.png"), bbox_inches="tight")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight")
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. Command line
+# 12. Whole runs, and the command line
 # --------------------------------------------------------------------------------------------------
 
-def load_run(path, device="cpu", **given):
-    """A run folder or checkpoint file -> config, autoencoder, averaged denoiser in eval mode.
+RUN_FILES = ("config.json", "autoencoder.pt", "checkpoint.pt", "latents.bin", "log.csv", "loss.png",
+             "samples.png", "reconstructions.png", "evaluation.csv")
+CPU_SECONDS_PER_IMAGE = {"tiny": 0.01, "S": 0.2, "B": 2.6, "L": 9.0, "XL": 13.0}     # two cores
 
-    Sphere Encoder is both: the second and the third are one model. given: fields of config that
-    are to be others than those of the run.
+
+def check_inputs(config):
+    """Look for all data and weights before anything long. What is missing is said at once."""
+    problems, advice = [], "python sphere_latent.py train"   # the drawn flowers need no files
+    if config.dataset != "drawn":
+        try:
+            find_images(config, "train")
+            find_images(config, "test")
+        except UserError as error:
+            problems.append(str(error))
+    if config.method == "sphere-latent" and config.autoencoder == "dinov2-b":
+        if not problems:
+            advice += f" --dataset {config.dataset} --autoencoder tiny"
+            advice += f" --data-dir {config.data_dir}" if config.data_dir else ""
+        for name in (*HUGGING_FACE_FILES, INCEPTION):
+            try:
+                find_weights(name, config.weights_dir)
+            except UserError as error:
+                problems.append(f"{error}: put it in a folder and add --weights-dir FOLDER")
+    if problems:
+        raise UserError(";\n  ".join(problems) + f".\nThis needs none of it: {advice}")
+
+
+def prepare_folder(config, resume, overwrite):
+    """-> the run folder, with config.json in it. What another run left there is not touched."""
+    folder = pathlib.Path(config.out or f"runs/{config.dataset}").expanduser()
+    held = [name for name in RUN_FILES[:3] if (folder / name).exists()]
+    if held and not resume and not overwrite:
+        raise UserError(f"{folder} already holds a run: go on with it (train --resume {folder}), "
+                        "replace it (--overwrite) or choose another folder (--out)")
+    folder.mkdir(parents=True, exist_ok=True)
+    sum_over_processes(torch.zeros(1))                       # all have looked
+    if process_number() == 0:
+        for name in RUN_FILES if overwrite else ():
+            (folder / name).unlink(missing_ok=True)
+        with replacing(folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(vars(config), indent=1) + "\n")
+    sum_over_processes(torch.zeros(1))
+    return folder
+
+
+def train_sphere_latent(config, images, folder, device):
+    """-> the frozen autoencoder, the denoiser (averaged weights)."""
+    torch.manual_seed(config.seed)
+    autoencoder = load_autoencoder(config.autoencoder, config).to(device)
+    keep = {"autoencoder": {}}                               # the published one is not copied
+    if config.autoencoder == "tiny":
+        path = folder / "autoencoder.pt"
+        if process_number() == 0 and not path.exists():
+            save_checkpoint(path, fit_tiny_rae(autoencoder, images, config).state_dict())
+        sum_over_processes(torch.zeros(1))
+        load_weights(autoencoder.eval().requires_grad_(False), path)
+        keep = {"autoencoder": autoencoder.state_dict()}
+    latents = encode_images(autoencoder, images, config, folder)
+    torch.manual_seed(config.seed)
+    denoiser = denoiser_for(config, autoencoder.latent_shape, len(images.classes)).to(device)
+    network = torch.compile(denoiser) if config.compile else denoiser
+    project = spherify if config.spherify else torch.Tensor.float
+
+    def losses(x, labels, e, alpha_small, alpha_large):
+        if x.dim() == 4:                                     # there was no room for the latents
+            with torch.no_grad():
+                x = autoencoder.encode(x)
+        z = x.float()                                                        # [B, N, C]
+        return sphere_losses(network, project, project(z), z, labels, e, alpha_small, alpha_large,
+                             config)
+
+    def draw_samples(average):
+        sample_figure(average, autoencoder, images.classes, config, folder / "samples.png")
+
+    return autoencoder, fit(denoiser, losses, latents, images.classes, config, folder, keep,
+                            draw_samples)
+
+
+def train_sphere_encoder(config, images, folder, device):
+    """-> a SphereEncoder (averaged weights), in the place of the autoencoder and of the denoiser."""
+    torch.manual_seed(config.seed)
+    model = SphereEncoder(config, len(images.classes))
+    model.pca.fit(some_images(images, 2000, config.seed))
+    model.to(device)
+    perceptual = None
+    if config.dataset != "drawn":                            # drawings are learned offline
+        perceptual = PerceptualDistance(find_weights(VGG, config.weights_dir)).to(device)
+
+    def losses(*batch):
+        return model.losses(*batch, config, perceptual)
+
+    def draw_samples(average):
+        sample_figure(average, average, images.classes, config, folder / "samples.png")
+
+    average = fit(model, losses, images, images.classes, config, folder, {}, draw_samples)
+    return average, average
+
+
+def train(config, resume=False, overwrite=False):
+    """Images in, run folder out: autoencoder, latents, denoiser, pictures, Fréchet distances.
+
+    resume: go on with the run in the folder. overwrite: replace the run in the folder.
     """
-    path = pathlib.Path(path)
-    state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
-    refuse("autoencoder" not in state, f"{path} is half a run: train --resume {path.parent}")
-    config = dataclasses.replace(state["config"], **given)
-    with explained(f"{path} is no checkpoint of this program, or damaged"):
-        frozen = config.method == "sphere-latent" and load_autoencoder(config.autoencoder, config)
-        denoiser = denoiser_for(config, frozen and frozen.latent_shape, len(state["classes"]))
-        denoiser.load_state_dict(state["ema"])
-        denoiser.classes = state["classes"]
-        if isinstance(frozen, TinyRAE):                      # RAE has its own weights
-            frozen.load_state_dict(state["autoencoder"])
-    models = frozen or denoiser, denoiser
-    return config, *(model.to(device).eval().requires_grad_(False) for model in models)
+    device = find_device(config.device)
+    if device.type == "cpu" and config.autoencoder == "dinov2-b" and config.method == "sphere-latent":
+        seconds = CPU_SECONDS_PER_IMAGE[config.model_size] * config.train_steps * config.batch_size
+        say(f"No GPU found: {config.train_steps:,} updates would take about {seconds / 86_400:,.0f} "
+            f"days on a CPU. For a CPU: python sphere_latent.py train --dataset {config.dataset} "
+            "--autoencoder tiny")
+    check_inputs(config)
+    folder = prepare_folder(config, resume, overwrite)
+    images, held_out = load_images(config, "train"), load_images(config, "test")
+    counts = torch.bincount(images.labels, minlength=len(images.classes)).tolist()
+    shown = [f"{name} {count}" for name, count in zip(images.classes, counts)][:12]
+    say(f"{len(images):,} images to learn, {len(held_out):,} to compare with; {len(counts)} classes: "
+        + ", ".join(shown) + (", ..." if len(counts) > 12 else ""))
+    say(f"device {device}, {config.train_steps:,} updates of {config.batch_size} images, run folder "
+        f"{folder}")
+    train_method = train_sphere_latent if config.method == "sphere-latent" else train_sphere_encoder
+    autoencoder, denoiser = train_method(config, images, folder, device)
+    if process_number() == 0:
+        (folder / "autoencoder.pt").unlink(missing_ok=True)  # checkpoint.pt holds it as well
+        (folder / "latents.bin").unlink(missing_ok=True)
+    loss_figure(read_checkpoint(folder)["log"], folder / "loss.png")
+    reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
+    rows = evaluate({folder.name: (config, autoencoder, denoiser)})
+    if process_number() == 0:
+        write_table(folder / "evaluation.csv", rows)
+    return folder
 
 
-def open_checkpoint(given, default_out):
-    """-> config with the flags that were given, autoencoder, denoiser, path to write to."""
-    checkpoint, ending = pathlib.Path(given.pop("checkpoint")), default_out[-4:]
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    out = pathlib.Path(given.pop("out", folder / default_out))
-    given["device"] = resolve_device(given.get("device", "auto"))
-    refuse(out.suffix != ending or out.is_dir(), f"--out {out}: not a file that ends in {ending}")
-    config, *models = load_run(checkpoint, **given)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return config, *models, out
+def load_run(path, device="cpu", **changes):
+    """A run folder or checkpoint -> config, autoencoder, denoiser (averaged weights, eval mode).
+
+    In Sphere Encoder the last two are one model. changes: fields of config to replace.
+    denoiser.classes has the names of the classes.
+    """
+    state = read_checkpoint(path)
+    config = dataclasses.replace(state["config"], **changes)
+    try:
+        if config.method == "sphere-encoder":
+            autoencoder = denoiser = SphereEncoder(config, len(state["classes"]))
+        else:
+            autoencoder = load_autoencoder(config.autoencoder, config)
+            denoiser = denoiser_for(config, autoencoder.latent_shape, len(state["classes"]))
+            if config.autoencoder == "tiny":
+                autoencoder.load_state_dict(state["autoencoder"])
+        denoiser.load_state_dict(state["average"])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit this program: {str(error)[:300]}") from None
+    denoiser.classes = state["classes"]
+    for model in (autoencoder, denoiser):
+        model.to(device).eval().requires_grad_(False)
+    return config, autoencoder, denoiser
 
 
 def train_command(given):
-    """Learn the autoencoder and the denoiser, then draw samples and measure them."""
-    other = set(given) - {"resume", "device", "data_dir"} or not given.get("resume")
-    refuse("resume" in given and other, "--resume RUN: no other flag but --device and --data-dir")
-    given.setdefault("dataset", "folder" if "data_dir" in given else "drawn")
-    config = dataclasses.replace(preset(**given), **given)
-    print(f"The pictures are in {train(config)}")
+    """Train a model. It leaves a run folder with checkpoint, pictures and distances."""
+    overwrite = given.pop("overwrite", False)
+    if "resume" in given:
+        folder = pathlib.Path(given.pop("resume")).expanduser()
+        folder = folder.parent if folder.is_file() else folder               # RUN/checkpoint.pt
+        others = set(given) - {"train_steps", "data_dir", "device"}
+        if others or overwrite:
+            raise UserError(f"--{min(others | {'overwrite'}).replace('_', '-')} with --resume: a run "
+                            "goes on with its own settings; only --train-steps, --data-dir and "
+                            "--device may be new")
+        if not (folder / "config.json").exists():
+            raise UserError(f"--resume {folder}: no run of this program")
+        try:
+            saved = json.loads((folder / "config.json").read_text())
+            config = Config(**{**saved, "out": str(folder), **given})
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{folder}/config.json is of no run of this program: {error}") from None
+        train(config, resume=True)
+    else:
+        if "data_dir" in given:
+            given.setdefault("dataset", "folder")
+        choices = {name: given[name] for name in ("method", "autoencoder") if name in given}
+        config = dataclasses.replace(preset(given.get("dataset", "drawn"), **choices), **given)
+        refuse_unused_flags(given, config)
+        folder = train(config, overwrite=overwrite)
+    say(f"look at {folder / 'samples.png'}")
+
+
+def refuse_unused_flags(given, config):
+    """Raise UserError for a flag that would have no effect."""
+    tiny_only = ["patch_size", "latent_channels", "autoencoder_steps"]
+    unused = []
+    if config.dataset == "drawn":
+        unused += ["data_dir"]
+    if config.method == "sphere-encoder":
+        unused += ["autoencoder", "autoencoder_steps", "spherify"]
+    elif config.autoencoder == "dinov2-b":
+        unused += tiny_only
+    else:
+        unused += ["weights_dir"]
+    if config.noise_distribution != "logit-normal":
+        unused += ["noise_mean", "noise_std"]
+    for name in unused:
+        if name in given:
+            raise UserError(f"--{name.replace('_', '-')} has no effect here: leave it out")
+
+
+def open_run(path, given):
+    device = find_device(given.pop("device", "auto"))
+    return load_run(pathlib.Path(path).expanduser(), device, device=str(device), **given)
+
+
+def file_to_write(given, checkpoint_path, name):
+    """The path that --out names, or `name` in the run folder; with the right ending."""
+    path = pathlib.Path(checkpoint_path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    out = pathlib.Path(given.pop("out", folder / name)).expanduser()
+    if out.suffix.lower() != name[-4:] or out.is_dir():
+        raise UserError(f"--out {out}: must be the name of a file that ends in {name[-4:]}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def sample_command(given):
-    """Draw images from a checkpoint."""
-    wanted, count = given.pop("classes", None), given.pop("count", 8)
-    config, autoencoder, denoiser, out = open_checkpoint(given, "sampled.png")
-    names = [*(classes := denoiser.classes), *map(str, range(len(classes)))]     # also by number
-    with explained(f"--classes {wanted}: choose from {', '.join(classes)}"):
-        chosen = [names.index(name) % len(classes) for name in wanted or classes]
-    refuse(not 1 <= count <= 100_000 / len(chosen), f"--count {count}: 1 to 100000 in all")
+    """Draw images from a checkpoint, a row for each class."""
+    path, words, count = given.pop("checkpoint"), given.pop("classes", None), given.pop("count", 8)
+    out = file_to_write(given, path, "sampled.png")
+    config, autoencoder, denoiser = open_run(path, given)
+    classes = denoiser.classes
+    chosen = sorted(set(balanced_labels(12, len(classes)).tolist()))         # at most twelve
+    if words is not None:
+        chosen = [class_number(word, classes) for word in words]
+    if not 1 <= count * len(chosen) <= 1000:
+        raise UserError(f"--count {count}, {len(chosen)} classes: a sheet holds 1 to 1,000 images")
     labels = torch.tensor(chosen).repeat_interleave(count)
-    images = sample_images(denoiser, autoencoder, labels, config)
-    picture(out, images.split(count), [classes[y] for y in chosen])
-    print(out)
+    images = sample_images(denoiser, autoencoder, labels, config, config.steps)
+    picture(out, images.split(count), [classes[label] for label in chosen])
+    say(str(out))
+
+
+def class_number(word, classes):
+    """A name or a number -> label. Where classes are called by numbers, a number is a name."""
+    if word in classes:
+        return classes.index(word)
+    if word.isdecimal() and int(word) < len(classes) and not any(map(str.isdecimal, classes)):
+        return int(word)
+    more = ", ..." if len(classes) > 40 else ""
+    raise UserError(f"--classes {word}: choose from {', '.join(classes[:40])}{more}, or from the "
+                    "numbers of classes that have no numbers for names")
 
 
 def evaluate_command(given):
-    """Fréchet distance of samples to real images at 1, 2, 4 and 6 steps; several runs: a table."""
-    if len(given["checkpoint"]) > 1:
-        return extras().side_by_side(given.pop("checkpoint"), given)
-    evaluate_run(*open_checkpoint({**given, "checkpoint": given["checkpoint"][0]}, "frechet.csv"))
+    """Print one table for runs: rebuilt images, then samples at 1, 2, 4 and 6 steps."""
+    paths = given.pop("checkpoint")
+    out = file_to_write(given, paths[0], "evaluation.csv")
+    rows = evaluate({path: open_run(path, dict(given)) for path in paths})
+    if process_number() == 0:
+        write_table(out, rows)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message}. See {self.prog} --help")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def build_parser():
-    """One flag a field of Config, with dashes; the result holds only the flags that were given."""
+    """Flags are made from the fields of Config. The result holds only the flags that were given."""
     parser = Parser(prog="sphere_latent.py", description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="train | sample | evaluate")
     fields = {field.name: field for field in dataclasses.fields(Config)}
-
-    def add(function, names):
+    sampling = ["cfg_scale", "tilt", "seed", "device", "weights_dir"]
+    flags = {train_command: fields, sample_command: ["steps", *sampling],
+             evaluate_command: ["eval_samples", "data_dir", *sampling]}
+    for function, names in flags.items():
         command = commands.add_parser(
-            function.__name__.split("_")[0], help=function.__doc__, description=function.__doc__,
-            allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        for name in names:
-            kind, flag = fields[name].type, "--" + name.replace("_", "-")
-            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-            command.add_argument(flag, help=fields[name].metadata["help"], **how)
+            function.__name__.removesuffix("_command"), help=function.__doc__,
+            description=function.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False)
         command.set_defaults(function=function)
-        return command
-
-    sampling = "cfg_scale cfg_position tilt tilt_schedule fresh_noise seed weights_dir device"
-    add(train_command, fields)
-    draw, more = add(sample_command, ["steps", *sampling.split()]), ()
-    draw.add_argument("--classes", nargs="+", help="names or numbers of classes (default: all)")
-    draw.add_argument("--count", type=int, help="images of each class (default: 8)")
-    measure = add(evaluate_command, f"eval_samples data_dir features reference {sampling}".split())
-    with contextlib.suppress(UserError):                     # without extras.py there are no more
-        more = extras().add_commands(add)
-    for command in (draw, measure, *more):
-        several = {"nargs": "+"} if command is measure else {}
-        command.add_argument("--checkpoint", required=True, help="run folder or file", **several)
-        command.add_argument("--out", help="file to write (default: one in the run folder)")
+        for name in names:
+            options = fields[name].metadata["options"]
+            meaning = fields[name].metadata["meaning"] + (f": {' | '.join(options)}" if options else "")
+            how = {"type": fields[name].type}
+            if fields[name].type is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            command.add_argument("--" + name.replace("_", "-"), help=meaning, **how)
+        if function is train_command:
+            command.add_argument("--resume", metavar="RUN", help="run folder to go on with; may be "
+                                 "joined by --train-steps, --data-dir and --device alone")
+            command.add_argument("--overwrite", action="store_true", help="replace the run there")
+        else:
+            command.add_argument("--out", help="file to write (default: in the run folder)")
+        if function is sample_command:
+            command.add_argument("--checkpoint", required=True, help="run folder or checkpoint")
+            command.add_argument("--classes", nargs="+", help="names or numbers of classes")
+            command.add_argument("--count", type=int, help="images of each class (default: 8)")
+        if function is evaluate_command:
+            command.add_argument("--checkpoint", required=True, nargs="+", help="one or several")
     return parser
 
 
 def main(argv=None):
-    """Run one command -> exit code: 0, 2 for what a person can put right, 130 for Ctrl-C."""
+    """Run one command -> exit code: 0, 2 for what the user can put right, 130 for Ctrl-C."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():       # torchrun
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, timeout=datetime.timedelta(days=1))
+    code = 2
     try:
-        WORLD > 1 and dist.init_process_group("cpu:gloo" + ",cuda:nccl" * torch.cuda.is_available())
-        if RANK:
-            sys.stdout = sys.stderr = open(os.devnull, "w", errors="ignore")
         given = vars(build_parser().parse_args(argv))
-        return given.pop("function")(given) or 0
-    except SystemExit as leave:                              # --help
-        return leave.code or 0
-    except KeyboardInterrupt as stop:
-        text, code = f"stopped; training goes on with train --resume {stop or 'RUN_FOLDER'}", 130
-    except (UserError, OSError, torch.linalg.LinAlgError) as error:     # the last: nan in samples
-        text, code = error, 2
-    except (MemoryError, RuntimeError) as error:
-        if not any(x in f"{error} {type(error)}" for x in ("MemoryError", "of memory", "allocate")):
-            raise
-        text, code = "out of memory: lower --batch-size, --image-size, --model-size or --count", 2
-    time.sleep(3 * (RANK > 0))       # where all fail, 0 says so, and torchrun ends the others now
-    line = " ".join(["sphere_latent.py:", *str(text).split()]) + "\n"     # written at once: whole
-    (sys.__stderr__ if RANK else sys.stderr).write(line)
+        given.pop("function")(given)
+        return 0
+    except SystemExit as leaving:                            # argparse, after --help
+        return leaving.code or 0
+    except (Stopped, KeyboardInterrupt) as stopped:
+        message, code = str(stopped) or "stopped; training goes on with train --resume RUN", 130
+    except torch.OutOfMemoryError as error:
+        message = f"{error}; raise --accumulate, or lower --batch-size"
+    except (UserError, OSError) as error:
+        message = str(error).split("UserError: ")[-1].strip()                # without a worker's traceback
+    print(f"sphere_latent.py: {message}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")        # any name, in any terminal
-    sys.exit(record(main)())                                 # torchrun shows every traceback
+    if hasattr(sys.stdout, "reconfigure"):                   # a notebook's %run has no such stream
+        sys.stdout.reconfigure(errors="backslashreplace")    # any name, in any terminal
+    sys.exit(main())
