@@ -94,33 +94,39 @@ class Config:
     # the frozen autoencoder
     autoencoder: str = setting("tiny", "TinyRAE, or the paper's RAE", ("tiny", "dinov2-b"))
     weights_dir: str = setting("", "folder with published weights that you placed by hand")
-    patch_size: int = setting(16, "tiny: height and width of the patch that a token stands for", low=2, high=64)
+    patch_size: int = setting(16, "tiny: height and width of the patch that a token stands for",
+                              low=2, high=64)
     latent_channels: int = setting(64, "tiny: channels of a token", low=1, high=4096)
     autoencoder_steps: int = setting(300, "tiny: updates of its decoder", low=1, high=10**9)
     # the denoiser and its losses
-    model_size: str = setting("tiny", "width and depth of the denoiser", ("tiny", "S", "B", "L", "XL"))
+    model_size: str = setting("tiny", "width and depth of the denoiser",
+                              ("tiny", "S", "B", "L", "XL"))
     spherify: bool = setting(True, "project latents to the sphere (off: an ablation)")
     noise_distribution: str = setting("logit-normal", "distribution of the large angle", (
         "logit-normal", "uniform", "uniform-tangent"))
     noise_mean: float = setting(1.2, "logit-normal: mean of the logit", low=-20, high=20)
     noise_std: float = setting(1.0, "logit-normal: standard deviation of the logit", low=0, high=20)
     max_angle: float = setting(90.0, "largest angle in training, degrees", low=0, high=90)
-    small_ratio: float = setting(0.5, "tan(small angle) = s tan(large angle), s uniform up to this", low=0, high=1)
+    small_ratio: float = setting(0.5, "tan(small angle) = s tan(large angle), s uniform up to this",
+                                 low=0, high=1)
     reconstruction_weight: float = setting(1.0, "weight of loss 1", low=0, high=10**6)
     consistency_weight: float = setting(1.0, "weight of loss 2", low=0, high=10**6)
     latent_consistency_weight: float = setting(0.1, "weight of loss 3", low=0, high=10**6)
     # optimization
     train_steps: int = setting(1000, "updates of the denoiser", low=1, high=10**9)
     batch_size: int = setting(32, "images in an update, over all processes", low=1, high=10**6)
-    accumulate: int = setting(1, "parts of a batch, one after the other, to save memory", low=1, high=10**6)
+    accumulate: int = setting(1, "parts of a batch, one after the other, to save memory",
+                              low=1, high=10**6)
     checkpoint_blocks: bool = setting(False, "compute each block twice, to save memory")
     learning_rate: float = setting(3e-3, "largest learning rate of AdamW", low=0, high=100)
     ema_decay: float = setting(0.995, "decay of the moving average of the weights", low=0, high=1)
-    save_every: int = setting(500, "updates between checkpoints, with sample pictures", low=1, high=10**9)
+    save_every: int = setting(500, "updates between checkpoints, with sample pictures",
+                              low=1, high=10**9)
     # sampling and evaluation
     steps: int = setting(4, "calls of the denoiser for an image", low=1, high=1000)
     cfg_scale: float = setting(1.5, "classifier-free guidance; 1 is off", low=0, high=100)
-    tilt: float = setting(90.0, "call k of n is followed by a tilt of (1 - k/n) times this, degrees", low=0, high=90)
+    tilt: float = setting(90.0, "after call k of n, tilt by (1 - k/n) times this, degrees",
+                          low=0, high=90)
     eval_samples: int = setting(600, "samples behind a Fréchet distance", low=2, high=10**7)
     # the run
     seed: int = setting(0, "seed of everything random", low=0, high=10**9)
@@ -138,7 +144,7 @@ class Config:
                 raise UserError(f"{flag} {value}: must be from {low} to {high:,}")
         numbers_in_patch = 3 * self.patch_size ** 2
         parts = process_count() * self.accumulate
-        if self.method == "sphere-latent" and self.autoencoder == "dinov2-b" and self.image_size != 256:
+        if self.uses_rae() and self.image_size != 256:
             raise UserError(f"--image-size {self.image_size}: dinov2-b has images of 256 pixels")
         if self.image_size % self.patch_size != 0 or self.patch_size % 2 != 0:
             raise UserError(f"--image-size {self.image_size}: must be a multiple of --patch-size "
@@ -152,9 +158,13 @@ class Config:
             raise UserError(f"--batch-size {self.batch_size}: must be a multiple of {parts}, the "
                             "number of processes times --accumulate")
 
+    def uses_rae(self):
+        return self.method == "sphere-latent" and self.autoencoder == "dinov2-b"
 
-# Where a data set's settings differ from the defaults, which are those of "drawn". PHOTOS: images of
-# any folder, or --autoencoder tiny. PAPER: where the paper is silent, RAE's second-stage recipe.
+
+# Where the settings of a data set differ from the defaults, which are those of "drawn".
+# PHOTOS: for any folder of images, and for the others with --autoencoder tiny.
+# PAPER: the recipe of RAE's second stage, where the paper says nothing.
 PHOTOS = {"latent_channels": 128, "autoencoder_steps": 800, "train_steps": 3500, "cfg_scale": 3.0}
 PAPER = {"autoencoder": "dinov2-b", "image_size": 256, "model_size": "B", "batch_size": 1024,
          "learning_rate": 2e-4, "ema_decay": 0.9995, "eval_samples": 50_000}
@@ -241,7 +251,7 @@ def seeded_generator(seed, number, device="cpu"):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Write to a temporary name, then rename: a reader finds the old file or the new, never half."""
+    """Write to a temporary name, then rename: a reader finds the old file or the new one, whole."""
     temporary = path.with_name(path.name + ".part")
     yield temporary
     os.replace(temporary, path)
@@ -407,7 +417,7 @@ def open_image(path, size):
 def read_images(files):
     """Read ImageFiles into memory -> PixelImages; more than 8 GB stay ImageFiles.
 
-    An image that cannot be read is named and skipped; more than one, and than 1 in 100, is an error.
+    An image that cannot be read is named and skipped. Too many of them, 1 in 100, are an error.
     """
     if 3 * files.size ** 2 * len(files) > IN_MEMORY:
         return files
@@ -420,12 +430,13 @@ def read_images(files):
             return None, str(error)
 
     with ThreadPoolExecutor() as pool:
-        found = list(progress(pool.map(read, range(len(files))), "reading images", total=len(files)))
+        found = pool.map(read, range(len(files)))
+        found = list(progress(found, "reading images", total=len(files)))
     skipped = [message for image, message in found if image is None]
     for message in skipped[:5]:
         print(f"skipped: {message}", file=sys.stderr)
     if len(skipped) > max(1, len(files) // 100):
-        raise UserError(f"{len(skipped)} of {len(files)} images cannot be read, such as {skipped[0]}")
+        raise UserError(f"{len(skipped)} of {len(files)} images cannot be read: {skipped[0]}")
     pixels, labels = zip(*[pair for pair in found if pair[0] is not None])
     return PixelImages(torch.stack(pixels), labels, files.classes)
 
@@ -458,29 +469,6 @@ def find_image_files(root):
     return {name: sorted(found[name]) for name in sorted(found)}
 
 
-def folder_images(config, root, classes=None):
-    """A folder with one folder per class, or with images alone -> ImageFiles.
-
-    classes: their names, if known already; an image of none of them gets the label 0.
-    """
-    root = os.path.abspath(root)
-    if not os.path.isdir(root):
-        raise UserError(f"no folder {root}")
-    files = find_image_files(root)
-    classes = classes or list(files)
-    samples = []
-    for name, paths in files.items():
-        label = classes.index(name) if name in classes else 0
-        samples += [(path, label) for path in paths]
-    if len(samples) < 4:
-        raise UserError(f"{len(samples)} images in {root}: at least 4 are needed")
-    parts = sorted({"train", "val", "valid", "test"} & set(classes))
-    if len(parts) > 1:
-        raise UserError(f"{root} holds {' and '.join(parts)}, which are no classes: name one of them, "
-                        f"such as --data-dir {os.path.join(root, parts[0])}")
-    return ImageFiles(samples, classes, config.image_size)
-
-
 def split_by_name(images, held_out):
     """The tenth of ImageFiles that is held out, or the other nine tenths.
 
@@ -489,8 +477,8 @@ def split_by_name(images, held_out):
     """
     left = torch.bincount(images.labels).tolist()
     chosen = set()
-    for path, label in sorted(images.samples, key=lambda s: zlib.crc32(os.path.basename(s[0]).encode(
-            "utf-8", "surrogateescape"))):
+    for path, label in sorted(images.samples, key=lambda sample: zlib.crc32(
+            os.fsencode(os.path.basename(sample[0])))):
         if len(chosen) < len(images) // 10 and left[label] > 1:
             chosen.add(path)
             left[label] -= 1
@@ -498,6 +486,29 @@ def split_by_name(images, held_out):
         return images
     part = [sample for sample in images.samples if (sample[0] in chosen) == held_out]
     return ImageFiles(part, images.classes, images.size)
+
+
+def folder_images(config, root, held_out):
+    """A folder with a folder for each class, or with images alone -> ImageFiles.
+
+    If it holds the folders train and val (or test), as AFHQ and ImageNet do, these are the split.
+    """
+    root = os.path.abspath(root)
+    splits = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
+    is_split = "train" in splits and len(splits) > 1
+    files = find_image_files(os.path.join(root, "train") if is_split else root)
+    classes = list(files)
+    if is_split and held_out:
+        files = find_image_files(os.path.join(root, splits[1]))
+    samples = []
+    for name, paths in files.items():
+        # ImageNet's validation images may lie in no class's folder; no result needs their labels
+        label = classes.index(name) if name in classes else 0
+        samples += [(path, label) for path in paths]
+    if len(samples) < 4:
+        raise UserError(f"{len(samples)} images in {root}; at least 4 are needed")
+    images = ImageFiles(samples, classes, config.image_size)
+    return images if is_split else split_by_name(images, held_out)
 
 
 def cifar_images(root, size, held_out):
@@ -521,18 +532,6 @@ def oxford_flowers(config, root, held_out):
     return split_by_name(images, held_out) if config.autoencoder == "tiny" else images
 
 
-def train_and_val_folders(config, root, held_out):
-    """AFHQ and ImageNet: a folder to train on, and one called val or test. ImageNet's may be flat."""
-    images = folder_images(config, os.path.join(root, "train"))
-    pattern = {"animal-faces": "cat dog wild", "imagenet": "n01440764 n15075141"}[config.dataset]
-    if not set(pattern.split()) <= set(images.classes):
-        raise UserError(f"{root}/train has other classes, such as {images.classes[0]}")
-    if held_out:
-        test = "test" if os.path.isdir(os.path.join(root, "test")) else "val"
-        return folder_images(config, os.path.join(root, test), images.classes)
-    return images
-
-
 SOURCES = {
     "folder": "your images",
     "cifar10": "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html",
@@ -541,6 +540,7 @@ SOURCES = {
     "animal-faces": "the folders train and val of AFHQ, https://github.com/clovaai/stargan-v2",
     "imagenet": "the folders train and val of ImageNet-1K, https://image-net.org",
 }
+CLASS_COUNTS = {"animal-faces": 3, "imagenet": 1000}
 
 
 def find_images(config, split):
@@ -548,13 +548,14 @@ def find_images(config, split):
     held_out = {"train": False, "test": True}[split]
     root = os.path.expanduser(config.data_dir or "data")
     try:
-        if config.dataset == "folder":
-            return split_by_name(folder_images(config, root), held_out)
         if config.dataset == "cifar10":
             return cifar_images(root, config.image_size, held_out)
         if config.dataset == "flowers":
             return oxford_flowers(config, root, held_out)
-        return train_and_val_folders(config, root, held_out)
+        images = folder_images(config, root, held_out)
+        if len(images.classes) != CLASS_COUNTS.get(config.dataset, len(images.classes)):
+            raise UserError(f"there are {len(images.classes)} classes, such as {images.classes[0]}")
+        return images
     except (UserError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no data set {config.dataset} in {root} ({reason}): put "
@@ -743,11 +744,12 @@ def denoiser_for(config, latent_shape, num_classes):
 # --------------------------------------------------------------------------------------------------
 # 4. Frozen autoencoders
 # --------------------------------------------------------------------------------------------------
-# RAE has a frozen encoder, DINOv2, and a decoder that is trained on noisy latents. TinyRAE is the same
+# RAE has a frozen encoder, DINOv2, and a decoder that is trained on noisy latents. TinyRAE is RAE
 # in miniature. Its encoder is PCA of patches, computed in closed form: a patch is described by how
-# strongly it shows each of C patterns. Each strength is divided by the root of its standard deviation,
-# so that noise hides fine patterns first and coarse ones last. The decoder starts from the inverse; a
-# transformer, which sees all patches, and convolutions, which see across borders, add what is missing.
+# strongly it shows each of C patterns. Each strength is divided by the square root of its standard
+# deviation: then noise hides fine patterns first and coarse ones last. The decoder starts from the
+# inverse of that. A transformer, which sees all patches, and convolutions, which see across their
+# borders, add what is missing.
 #     P numbers in a patch   F feature maps
 
 class PatchPCA(nn.Module):
@@ -773,8 +775,8 @@ class PatchPCA(nn.Module):
         variances, patterns = torch.linalg.eigh(torch.cov(patches.T))        # ascending
         variances = variances.flip(0)[:self.channels].clamp(min=1e-8)        # [C]
         patterns = patterns.flip(1)[:, :self.channels]                       # [P, C]
-        scale = variances.sqrt().sqrt()                                      # standard deviation^0.5
-        scale = scale * (variances / scale ** 2).mean().sqrt()               # tokens: mean variance 1
+        scale = variances.sqrt().sqrt()                      # the root of the standard deviation
+        scale = scale * (variances / scale ** 2).mean().sqrt()               # mean variance 1
         self.mean.copy_(patches.mean(0))
         self.analysis.copy_(patterns / scale)
         self.synthesis.copy_((patterns * scale).T)
@@ -830,7 +832,7 @@ class TinyRAE(nn.Module):
         self.latent_shape = (tokens, channels)
         self.pca = PatchPCA(patch_size, channels)
         self.decoder = PixelDecoder(tokens, channels, patch_size, width=256, depth=2, heads=4)
-        self.register_buffer("latent_mean", torch.zeros(1, channels))        # as PatchPCA makes them
+        self.register_buffer("latent_mean", torch.zeros(1, channels))        # of PatchPCA's tokens
         self.register_buffer("latent_var", torch.ones(1, channels))
 
     def encode(self, images):
@@ -846,8 +848,8 @@ class TinyRAE(nn.Module):
         return self.decode_unclamped(z).clamp(0, 1)
 
 
-# The paper's autoencoder and two networks for measuring have published weights. They are fetched when
-# they are first needed; files that were placed by hand in --weights-dir go first.
+# The paper's autoencoder and two networks for measuring have published weights. They are fetched
+# when they are first needed; files that were placed by hand in --weights-dir go first.
 
 HUGGING_FACE_FILES = {       # name in --weights-dir: (repository, path in it)
     "model.safetensors": ("timm/vit_base_patch14_reg4_dinov2.lvd142m", "model.safetensors"),
@@ -856,8 +858,10 @@ HUGGING_FACE_FILES = {       # name in --weights-dir: (repository, path in it)
 }
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"           # the end of a name is the start of the
 VGG = "vgg16-397923af.pth"                                   # file's SHA-256, which is checked
-URLS = {INCEPTION: "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION,
-        VGG: "https://download.pytorch.org/models/" + VGG}
+URLS = {
+    INCEPTION: f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}",
+    VGG: f"https://download.pytorch.org/models/{VGG}",
+}
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -886,7 +890,7 @@ def read_weights(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                               # so does a damaged file
-        raise UserError(f"{path} cannot be read ({type(error).__name__}); is it complete?") from None
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): is it whole?") from None
 
 
 def load_weights(module, path):
@@ -932,7 +936,7 @@ class RAEDecoder(nn.Module):
 
 
 def rename_decoder_keys(decoder, state_dict, prefix, *unused):
-    """The published names -> those of nn.TransformerEncoderLayer, which has one matrix for q, k, v."""
+    """Published names -> those of nn.TransformerEncoderLayer, which joins query, key and value."""
     names = {"attention.output.dense": "self_attn.out_proj", "intermediate.dense": "linear1",
              "output.dense": "linear2", "layernorm_before": "norm1", "layernorm_after": "norm2"}
     for number in range(len(decoder.decoder_layers)):
@@ -941,7 +945,8 @@ def rename_decoder_keys(decoder, state_dict, prefix, *unused):
             for published, name in names.items():
                 if layer + published + kind in state_dict:
                     state_dict[layer + name + kind] = state_dict.pop(layer + published + kind)
-            parts = [f"{layer}attention.attention.{part}{kind}" for part in ("query", "key", "value")]
+            parts = [f"{layer}attention.attention.{part}{kind}"
+                     for part in ("query", "key", "value")]
             if set(parts) <= set(state_dict):
                 joined = torch.cat([state_dict.pop(part) for part in parts])
                 state_dict[f"{layer}self_attn.in_proj{kind.replace('.', '_')}"] = joined
@@ -1195,7 +1200,7 @@ def encode_images(autoencoder, images, config, folder):
     free = shutil.disk_usage(folder).free
     has_room = torch.tensor(float(is_there or size < 0.9 * free))
     if sum_over_processes(has_room) < process_count():
-        say(f"no room for {size / 1e9:.1f} GB of latents in {folder}, {free / 1e9:.1f} GB are free: "
+        say(f"no room in {folder} for {size / 1e9:.1f} GB of latents ({free / 1e9:.1f} GB are free): "
             "the autoencoder will run in every update, which is slower")
         return images
     target = path if is_there else path.with_name(path.name + ".part")
@@ -1417,7 +1422,7 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, largest_tilt=math.pi / 2, n
            generator=None, return_path=False, sphere=True):
     """Random points on the sphere -> clean latents z [B, N, C], by `steps` calls of the denoiser.
 
-    labels [B]. Call k of n is followed by a tilt of (1 - k/n) largest_tilt, radians, with new noise.
+    labels [B]. After call k of n: a tilt of (1 - k/n) largest_tilt, radians, with new noise.
     noise: [steps, B, N, C], drawn if None. The last estimate is returned as it is, not spherified
     ("raw final step"); with return_path, also the list of all noisy points and estimates, in turn.
     sphere=False: without projections, for a denoiser that was trained without them.
@@ -1446,7 +1451,7 @@ def seeded_noise(numbers, latent_shape, seed, draws):
 
 @torch.no_grad()
 def sample_batches(denoiser, autoencoder, labels, config, steps):
-    """Generate an image for each label [n] -> (numbers, images) in batches, this process's share."""
+    """Generate an image for each label [n] -> batches (numbers, images), this process's share."""
     device, largest_tilt = next(denoiser.parameters()).device, math.radians(config.tilt)
     for numbers in in_batches(list(range(len(labels))))[process_number()::process_count()]:
         noise = seeded_noise(numbers, denoiser.latent_shape, config.seed, steps).to(device)
@@ -1607,7 +1612,8 @@ def evaluate_run(name, run, network, held_out, reference, unit):
     follows, then samples at 1, 2, 4 and 6 steps. The distance to `reference` is divided by unit."""
     config, autoencoder, denoiser = run
     models = {autoencoder, denoiser}                         # one model in Sphere Encoder
-    row = {"run": name, "parameters": sum(p.numel() for model in models for p in model.parameters())}
+    parameters = sum(p.numel() for model in models for p in model.parameters())
+    row = {"run": name, "parameters": parameters}
     decibels = []
 
     def rebuilt_images():
@@ -1645,13 +1651,13 @@ def evaluate(runs):
     if len({(other.dataset, other.image_size, other.autoencoder) for other in configs}) > 1:
         raise UserError("these runs have other images or autoencoders: evaluate them one by one")
     held_out = load_images(config, "test")
-    if config.autoencoder == "dinov2-b":
+    if config.uses_rae():
         network = InceptionFID(find_weights(INCEPTION, config.weights_dir)).to(device)
         real, unit = load_images(config, "train"), 1.0
         mean, covariance, _ = feature_statistics(network, images_in_batches(real))
         say(f"Fréchet distance: FID-{config.eval_samples} to {len(real):,} training images")
         if config.eval_samples < 2048:
-            say("warning: fewer samples than 2,048 features, so it is far too high; raise --eval-samples")
+            say("warning: far too high, for want of 2,048 samples or more; raise --eval-samples")
     else:
         network = UntrainedFeatures().to(device)
         mean, covariance, _ = feature_statistics(network, images_in_batches(held_out))
@@ -1763,7 +1769,7 @@ def picture(path, rows, row_names, column_names=()):
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c").numpy(), aspect="auto")
     names = []
-    for name in (*row_names, *column_names):                 # the font has no more than Latin letters
+    for name in (*row_names, *column_names):                 # the font has only Latin letters
         if max(map(ord, name), default=0) > 0x24F:
             name = name.encode("ascii", "backslashreplace").decode()
         names.append(name[:24])
@@ -1826,7 +1832,7 @@ def check_inputs(config):
             find_images(config, "test")
         except UserError as error:
             problems.append(str(error))
-    if config.method == "sphere-latent" and config.autoencoder == "dinov2-b":
+    if config.uses_rae():
         if not problems:
             advice += f" --dataset {config.dataset} --autoencoder tiny"
             advice += f" --data-dir {config.data_dir}" if config.data_dir else ""
@@ -1891,7 +1897,7 @@ def train_sphere_latent(config, images, folder, device):
 
 
 def train_sphere_encoder(config, images, folder, device):
-    """-> a SphereEncoder (averaged weights), in the place of the autoencoder and of the denoiser."""
+    """-> a SphereEncoder (averaged weights), as the autoencoder and as the denoiser."""
     torch.manual_seed(config.seed)
     model = SphereEncoder(config, len(images.classes))
     model.pca.fit(some_images(images, 2000, config.seed))
@@ -1916,20 +1922,19 @@ def train(config, resume=False, overwrite=False):
     resume: go on with the run in the folder. overwrite: replace the run in the folder.
     """
     device = find_device(config.device)
-    if device.type == "cpu" and config.autoencoder == "dinov2-b" and config.method == "sphere-latent":
+    if device.type == "cpu" and config.uses_rae():
         seconds = CPU_SECONDS_PER_IMAGE[config.model_size] * config.train_steps * config.batch_size
-        say(f"No GPU found: {config.train_steps:,} updates would take about {seconds / 86_400:,.0f} "
-            f"days on a CPU. For a CPU: python sphere_latent.py train --dataset {config.dataset} "
-            "--autoencoder tiny")
+        say(f"No GPU found: on a CPU this takes about {seconds / 86_400:,.0f} days. For a CPU: "
+            f"python sphere_latent.py train --dataset {config.dataset} --autoencoder tiny")
     check_inputs(config)
     folder = prepare_folder(config, resume, overwrite)
     images, held_out = load_images(config, "train"), load_images(config, "test")
     counts = torch.bincount(images.labels, minlength=len(images.classes)).tolist()
     shown = [f"{name} {count}" for name, count in zip(images.classes, counts)][:12]
-    say(f"{len(images):,} images to learn, {len(held_out):,} to compare with; {len(counts)} classes: "
-        + ", ".join(shown) + (", ..." if len(counts) > 12 else ""))
-    say(f"device {device}, {config.train_steps:,} updates of {config.batch_size} images, run folder "
-        f"{folder}")
+    say(f"{len(images):,} images to learn and {len(held_out):,} to compare with, of {len(counts)} "
+        f"classes: {', '.join(shown)}{', ...' if len(counts) > 12 else ''}")
+    say(f"device {device}, {config.train_steps:,} updates of {config.batch_size} images, "
+        f"folder {folder}")
     train_method = train_sphere_latent if config.method == "sphere-latent" else train_sphere_encoder
     autoencoder, denoiser = train_method(config, images, folder, device)
     if process_number() == 0:
@@ -1976,9 +1981,9 @@ def train_command(given):
         folder = folder.parent if folder.is_file() else folder               # RUN/checkpoint.pt
         others = set(given) - {"train_steps", "data_dir", "device"}
         if others or overwrite:
-            raise UserError(f"--{min(others | {'overwrite'}).replace('_', '-')} with --resume: a run "
-                            "goes on with its own settings; only --train-steps, --data-dir and "
-                            "--device may be new")
+            flag = "--" + min(others | {"overwrite"}).replace("_", "-")
+            raise UserError(f"{flag} with --resume: a run goes on with its own settings; only "
+                            "--train-steps, --data-dir and --device may be new")
         if not (folder / "config.json").exists():
             raise UserError(f"--resume {folder}: no run of this program")
         try:
@@ -2005,7 +2010,7 @@ def refuse_unused_flags(given, config):
         unused += ["data_dir"]
     if config.method == "sphere-encoder":
         unused += ["autoencoder", "autoencoder_steps", "spherify"]
-    elif config.autoencoder == "dinov2-b":
+    elif config.uses_rae():
         unused += tiny_only
     else:
         unused += ["weights_dir"]
@@ -2017,36 +2022,9 @@ def refuse_unused_flags(given, config):
 
 
 def open_run(path, given):
-    device = find_device(given.pop("device", "auto"))
-    return load_run(pathlib.Path(path).expanduser(), device, device=str(device), **given)
-
-
-def file_to_write(given, checkpoint_path, name):
-    """The path that --out names, or `name` in the run folder; with the right ending."""
-    path = pathlib.Path(checkpoint_path).expanduser()
-    folder = path if path.is_dir() else path.parent
-    out = pathlib.Path(given.pop("out", folder / name)).expanduser()
-    if out.suffix.lower() != name[-4:] or out.is_dir():
-        raise UserError(f"--out {out}: must be the name of a file that ends in {name[-4:]}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def sample_command(given):
-    """Draw images from a checkpoint, a row for each class."""
-    path, words, count = given.pop("checkpoint"), given.pop("classes", None), given.pop("count", 8)
-    out = file_to_write(given, path, "sampled.png")
-    config, autoencoder, denoiser = open_run(path, given)
-    classes = denoiser.classes
-    chosen = sorted(set(balanced_labels(12, len(classes)).tolist()))         # at most twelve
-    if words is not None:
-        chosen = [class_number(word, classes) for word in words]
-    if not 1 <= count * len(chosen) <= 1000:
-        raise UserError(f"--count {count}, {len(chosen)} classes: a sheet holds 1 to 1,000 images")
-    labels = torch.tensor(chosen).repeat_interleave(count)
-    images = sample_images(denoiser, autoencoder, labels, config, config.steps)
-    picture(out, images.split(count), [classes[label] for label in chosen])
-    say(str(out))
+    """A run, with the flags in `given` in the place of its settings."""
+    device = find_device(given.get("device", "auto"))
+    return load_run(pathlib.Path(path).expanduser(), device, **{**given, "device": str(device)})
 
 
 def class_number(word, classes):
@@ -2056,17 +2034,35 @@ def class_number(word, classes):
     if word.isdecimal() and int(word) < len(classes) and not any(map(str.isdecimal, classes)):
         return int(word)
     more = ", ..." if len(classes) > 40 else ""
-    raise UserError(f"--classes {word}: choose from {', '.join(classes[:40])}{more}, or from the "
-                    "numbers of classes that have no numbers for names")
+    raise UserError(f"--classes {word}: choose from {', '.join(classes[:40])}{more}")
+
+
+def sample_command(given):
+    """Draw images from a checkpoint, a row for each class."""
+    path = pathlib.Path(given.pop("checkpoint")).expanduser()
+    words, count = given.pop("classes", None), given.pop("count", 8)
+    folder = path if path.is_dir() else path.parent
+    out = pathlib.Path(given.pop("out", folder / "sampled.png")).expanduser()
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise UserError(f"--out {out}: must be the name of a .png file")
+    config, autoencoder, denoiser = open_run(path, given)
+    classes = denoiser.classes
+    chosen = sorted(set(balanced_labels(12, len(classes)).tolist()))         # at most twelve
+    if words is not None:
+        chosen = [class_number(word, classes) for word in words]
+    if not 1 <= count * len(chosen) <= 1000:
+        raise UserError(f"--count {count}, {len(chosen)} classes: a sheet holds 1 to 1,000 images")
+    labels = torch.tensor(chosen).repeat_interleave(count)
+    images = sample_images(denoiser, autoencoder, labels, config, config.steps)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture(out, images.split(count), [classes[label] for label in chosen])
+    say(str(out))
 
 
 def evaluate_command(given):
-    """Print one table for runs: rebuilt images, then samples at 1, 2, 4 and 6 steps."""
+    """Print one table for one or more runs: rebuilt images, then samples at 1, 2, 4 and 6 steps."""
     paths = given.pop("checkpoint")
-    out = file_to_write(given, paths[0], "evaluation.csv")
-    rows = evaluate({path: open_run(path, dict(given)) for path in paths})
-    if process_number() == 0:
-        write_table(out, rows)
+    evaluate({path: open_run(path, given) for path in paths})
 
 
 class Parser(argparse.ArgumentParser):
@@ -2089,7 +2085,11 @@ def build_parser():
         command.set_defaults(function=function)
         for name in names:
             options = fields[name].metadata["options"]
-            meaning = fields[name].metadata["meaning"] + (f": {' | '.join(options)}" if options else "")
+            meaning = fields[name].metadata["meaning"]
+            if options:
+                meaning += ": " + " | ".join(options)
+            if fields[name].default != "":
+                meaning += f" (default: {fields[name].default})"
             how = {"type": fields[name].type}
             if fields[name].type is bool:
                 how = {"action": argparse.BooleanOptionalAction}
@@ -2098,9 +2098,8 @@ def build_parser():
             command.add_argument("--resume", metavar="RUN", help="run folder to go on with; may be "
                                  "joined by --train-steps, --data-dir and --device alone")
             command.add_argument("--overwrite", action="store_true", help="replace the run there")
-        else:
-            command.add_argument("--out", help="file to write (default: in the run folder)")
         if function is sample_command:
+            command.add_argument("--out", help="picture to write (default: RUN/sampled.png)")
             command.add_argument("--checkpoint", required=True, help="run folder or checkpoint")
             command.add_argument("--classes", nargs="+", help="names or numbers of classes")
             command.add_argument("--count", type=int, help="images of each class (default: 8)")
@@ -2126,7 +2125,7 @@ def main(argv=None):
     except torch.OutOfMemoryError as error:
         message = f"{error}; raise --accumulate, or lower --batch-size"
     except (UserError, OSError) as error:
-        message = str(error).split("UserError: ")[-1].strip()                # without a worker's traceback
+        message = str(error).split("UserError: ")[-1].strip()                # not a worker's trace
     print(f"sphere_latent.py: {message}", file=sys.stderr)
     return code
 
