@@ -1200,8 +1200,8 @@ def encode_images(autoencoder, images, config, folder):
     free = shutil.disk_usage(folder).free
     has_room = torch.tensor(float(is_there or size < 0.9 * free))
     if sum_over_processes(has_room) < process_count():
-        say(f"no room in {folder} for {size / 1e9:.1f} GB of latents ({free / 1e9:.1f} GB are free): "
-            "the autoencoder will run in every update, which is slower")
+        say(f"no room in {folder} for {size / 1e9:.1f} GB of latents: the autoencoder will run in "
+            "every update, which is slower")
         return images
     target = path if is_there else path.with_name(path.name + ".part")
     latents = torch.from_file(str(target), shared=True, size=math.prod(shape), dtype=torch.float16)
@@ -1904,7 +1904,10 @@ def train_sphere_encoder(config, images, folder, device):
     model.to(device)
     perceptual = None
     if config.dataset != "drawn":                            # drawings are learned offline
-        perceptual = PerceptualDistance(find_weights(VGG, config.weights_dir)).to(device)
+        try:
+            perceptual = PerceptualDistance(find_weights(VGG, config.weights_dir)).to(device)
+        except UserError as error:
+            say(f"training without the perceptual distance: {error}")
 
     def losses(*batch):
         return model.losses(*batch, config, perceptual)
