@@ -73,8 +73,13 @@ class UserError(Exception):
 # 1. Configuration
 # --------------------------------------------------------------------------------------------------
 
-def setting(default, meaning, options=None, low=None, high=None):
-    """A field of Config: its default, its meaning for --help, and the values that it may take."""
+def setting(default, meaning, options=None, low=None, high=10**9):
+    """A field of Config: its default, its meaning for --help, and the values that it may take.
+
+    low: None is 1 for whole numbers and 0 for others.
+    """
+    if low is None:
+        low = 1 if isinstance(default, int) else 0
     rules = {"meaning": meaning, "options": options, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=rules)
 
@@ -84,52 +89,46 @@ class Config:
     """All settings; each one is a flag of `train`: batch_size is --batch-size."""
 
     method: str = setting("sphere-latent", "the paper's method, or its predecessor",
-                         ("sphere-latent", "sphere-encoder"))
+                          ("sphere-latent", "sphere-encoder"))
     # data
     dataset: str = setting("drawn", "what to learn", (
         "drawn", "folder", "cifar10", "flowers", "animal-faces", "imagenet"))
     data_dir: str = setting("", "folder of the images (default: data)")
-    image_size: int = setting(64, "height and width of the images, pixels", low=4, high=4096)
+    image_size: int = setting(64, "height and width of the images, pixels", high=4096)
     flips: bool = setting(True, "also learn from mirror images")
     # the frozen autoencoder
     autoencoder: str = setting("tiny", "TinyRAE, or the paper's RAE", ("tiny", "dinov2-b"))
     weights_dir: str = setting("", "folder with published weights that you placed by hand")
-    patch_size: int = setting(16, "tiny: height and width of the patch that a token stands for",
-                              low=2, high=64)
-    latent_channels: int = setting(64, "tiny: channels of a token", low=1, high=4096)
-    autoencoder_steps: int = setting(300, "tiny: updates of its decoder", low=1, high=10**9)
+    patch_size: int = setting(16, "tiny: height and width of a token's patch, pixels", high=64)
+    latent_channels: int = setting(64, "tiny: channels of a token")
+    autoencoder_steps: int = setting(300, "tiny: updates of its decoder")
     # the denoiser and its losses
-    model_size: str = setting("tiny", "width and depth of the denoiser",
-                              ("tiny", "S", "B", "L", "XL"))
+    model_size: str = setting("tiny", "width and depth", ("tiny", "S", "B", "L", "XL"))
     spherify: bool = setting(True, "project latents to the sphere (off: an ablation)")
     noise_distribution: str = setting("logit-normal", "distribution of the large angle", (
         "logit-normal", "uniform", "uniform-tangent"))
     noise_mean: float = setting(1.2, "logit-normal: mean of the logit", low=-20, high=20)
-    noise_std: float = setting(1.0, "logit-normal: standard deviation of the logit", low=0, high=20)
-    max_angle: float = setting(90.0, "largest angle in training, degrees", low=0, high=90)
-    small_ratio: float = setting(0.5, "tan(small angle) = s tan(large angle), s uniform up to this",
-                                 low=0, high=1)
-    reconstruction_weight: float = setting(1.0, "weight of loss 1", low=0, high=10**6)
-    consistency_weight: float = setting(1.0, "weight of loss 2", low=0, high=10**6)
-    latent_consistency_weight: float = setting(0.1, "weight of loss 3", low=0, high=10**6)
+    noise_std: float = setting(1.0, "logit-normal: standard deviation of the logit", high=20)
+    max_angle: float = setting(90.0, "largest angle in training, degrees", high=90)
+    small_ratio: float = setting(0.5, "largest tan(small angle) / tan(large angle)", high=1)
+    reconstruction_weight: float = setting(1.0, "weight of loss 1")
+    consistency_weight: float = setting(1.0, "weight of loss 2")
+    latent_consistency_weight: float = setting(0.1, "weight of loss 3")
     # optimization
-    train_steps: int = setting(1000, "updates of the denoiser", low=1, high=10**9)
-    batch_size: int = setting(32, "images in an update, over all processes", low=1, high=10**6)
-    accumulate: int = setting(1, "parts of a batch, one after the other, to save memory",
-                              low=1, high=10**6)
+    train_steps: int = setting(1000, "updates of the denoiser")
+    batch_size: int = setting(32, "images in an update, over all processes", high=10**6)
+    accumulate: int = setting(1, "parts that a batch is split into, to save memory")
     checkpoint_blocks: bool = setting(False, "compute each block twice, to save memory")
-    learning_rate: float = setting(3e-3, "largest learning rate of AdamW", low=0, high=100)
-    ema_decay: float = setting(0.995, "decay of the moving average of the weights", low=0, high=1)
-    save_every: int = setting(500, "updates between checkpoints, with sample pictures",
-                              low=1, high=10**9)
+    learning_rate: float = setting(3e-3, "largest learning rate of AdamW", high=100)
+    ema_decay: float = setting(0.995, "decay of the moving average of the weights", high=1)
+    save_every: int = setting(500, "updates between checkpoints, with sample pictures")
     # sampling and evaluation
-    steps: int = setting(4, "calls of the denoiser for an image", low=1, high=1000)
-    cfg_scale: float = setting(1.5, "classifier-free guidance; 1 is off", low=0, high=100)
-    tilt: float = setting(90.0, "after call k of n, tilt by (1 - k/n) times this, degrees",
-                          low=0, high=90)
+    steps: int = setting(4, "calls of the denoiser for an image", high=1000)
+    cfg_scale: float = setting(1.5, "classifier-free guidance; 1 is off", high=100)
+    tilt: float = setting(90.0, "after call k of n, tilt by (1 - k/n) times this, degrees", high=90)
     eval_samples: int = setting(600, "samples behind a Fréchet distance", low=2, high=10**7)
     # the run
-    seed: int = setting(0, "seed of everything random", low=0, high=10**9)
+    seed: int = setting(0, "seed of everything random", low=0)
     device: str = setting("auto", "auto (CUDA, then MPS, then CPU) or a torch device")
     out: str = setting("", "run folder (default: runs/DATASET)")
     compile: bool = setting(False, "use torch.compile")
@@ -140,7 +139,8 @@ class Config:
             options, low, high = [field.metadata[name] for name in ("options", "low", "high")]
             if options is not None and value not in options:
                 raise UserError(f"{flag} {value}: choose from {', '.join(options)}")
-            if low is not None and not low <= value <= high:                 # nan is in no range
+            is_number = field.type in (int, float)
+            if is_number and not low <= value <= high:       # nan is in no range
                 raise UserError(f"{flag} {value}: must be from {low} to {high:,}")
         numbers_in_patch = 3 * self.patch_size ** 2
         parts = process_count() * self.accumulate

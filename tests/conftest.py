@@ -1,3 +1,4 @@
+"""What all tests share: one thread, small sizes, a finished run of a few seconds."""
 import functools
 import os
 import pathlib
@@ -5,66 +6,61 @@ import signal
 import subprocess
 import sys
 
-os.environ["OMP_NUM_THREADS"] = "1"                          # the quickest for networks so small; read by torch
+os.environ["OMP_NUM_THREADS"] = "1"                          # torch reads it when it is imported
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 import sphere_latent as sl  # noqa: E402
 
-SMALL = ("--image-size 16 --patch-size 8 --latent-channels 8 --autoencoder-width 32 --autoencoder-depth 1 "
-         "--autoencoder-steps 6 --train-steps 6 --batch-size 8 --eval-samples 24 --device cpu").split()
-DRAW, TINY = sl.drawn_images, sl.MODEL_SIZES["tiny"]
-
-# Where the CPU does not multiply bf16, the default takes about a quarter of an hour: there, two fifths of its updates.
-UPDATES = [] if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else [
-    "--autoencoder-steps", "450", "--train-steps", "700"]
+SMALL = ["--image-size", "16", "--patch-size", "8", "--latent-channels", "8",
+         "--autoencoder-steps", "6", "--train-steps", "6", "--batch-size", "8",
+         "--eval-samples", "24", "--device", "cpu"]
 
 
-@functools.lru_cache
+def pytest_configure(config):
+    # As in a terminal. A job in the background of a shell ignores SIGINT, and so would the tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.addinivalue_line("markers", "slow: over five seconds; leave them out with -m 'not slow'")
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests last, and the default run at the very end: it trains beside all the others."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None,
+                                 "default_run" in item.fixturenames))
+
+
+@functools.cache
 def fewer_drawings(split, size, seed=0):
-    images = DRAW(split, size, seed)
-    n = len(images) // 5
-    return sl.Images(images.pixels[:n], images.labels[:n], images.classes)
+    """As sl.drawn_images, but 240 drawings to train on and 48 to test on."""
+    labels = torch.arange(240 if split == "train" else 48) % len(sl.SPECIES)
+    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    pixels = (255 * sl.draw_flowers(labels, size, generator)).round().byte()
+    return sl.PixelImages(pixels, labels, [species[0] for species in sl.SPECIES])
 
 
 @pytest.fixture(scope="session", autouse=True)
-def small():
-    """The quick tests train a smaller denoiser on a fifth of the drawings."""
-    sl.drawn_images, sl.MODEL_SIZES["tiny"] = fewer_drawings, (64, 2, 2)
+def small_sizes():
+    """All tests draw fewer flowers and train a smaller denoiser. Gives what undoes that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sl, "drawn_images", fewer_drawings)
+        patch.setitem(sl.MODEL_SIZES, "tiny", (64, 2, 2))
+        yield patch
 
 
 @pytest.fixture
-def whole(small):
+def whole(small_sizes):
     """The sizes that users get."""
-    sl.drawn_images, sl.MODEL_SIZES["tiny"] = DRAW, TINY
+    small_sizes.undo()
     yield
-    sl.drawn_images, sl.MODEL_SIZES["tiny"] = fewer_drawings, (64, 2, 2)
+    small_sizes.setattr(sl, "drawn_images", fewer_drawings)
+    small_sizes.setitem(sl.MODEL_SIZES, "tiny", (64, 2, 2))
 
 
 @pytest.fixture(scope="session")
-def default_run(tmp_path_factory):
-    """The command of the README, on one thread, started and not waited for -> (process, its folder, with out and err)."""
-    folder = tmp_path_factory.mktemp("default")
-    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-        process = subprocess.Popen([sys.executable, str(ROOT / "sphere_latent.py"), "train", *UPDATES],
-                                   cwd=folder, stdout=out, stderr=err)
-    yield process, folder
-    process.kill()
-    process.wait()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def beside(request):
-    """It is started first and tested last: all the others fit into its time, on the other core."""
-    if any("default_run" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("default_run")
-
-
-@pytest.fixture(scope="session")
-def run(small, tmp_path_factory):
-    """A finished run of a few seconds on the drawn flowers."""
+def small_run(small_sizes, tmp_path_factory):
+    """The folder of a finished run. Copy it before you change it."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     assert sl.main(["train", *SMALL, "--out", str(folder)]) == 0
     return folder
@@ -76,20 +72,18 @@ def generator():
 
 
 @pytest.fixture(scope="session")
-def predecessor(small, tmp_path_factory):
-    """A finished run of Sphere Encoder, a few updates."""
-    folder = tmp_path_factory.mktemp("runs") / "predecessor"
-    assert sl.main(["train", *SMALL, "--method", "sphere-encoder", "--out", str(folder)]) == 0
-    return folder
+def default_run(tmp_path_factory):
+    """`train` without flags: started, and not waited for -> process, its folder."""
+    folder = tmp_path_factory.mktemp("default")
+    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+        process = subprocess.Popen([sys.executable, str(ROOT / "sphere_latent.py"), "train"],
+                                   cwd=folder, stdout=out, stderr=err)
+    yield process, folder
+    process.kill()
+    process.wait()
 
 
-def pytest_configure(config):
-    signal.signal(signal.SIGINT, signal.default_int_handler)     # as in a terminal; a job in the background ignores it
-    config.addinivalue_line("markers", "slow: runs of the real size, other processes, attempts to break it; leave out: -m 'not slow'")
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if {"rae", "placed", "inceptions"} & set(item.fixturenames):                   # networks of full size
-            item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, "default_run" in item.fixturenames))
+@pytest.fixture(scope="session", autouse=True)
+def start_default_run(request):
+    if any("default_run" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("default_run")
