@@ -1863,21 +1863,25 @@ def prepare_folder(config, resume, overwrite):
     return folder
 
 
-def train_sphere_latent(config, images, folder, device):
-    """-> the frozen autoencoder, the denoiser (averaged weights)."""
+def frozen_autoencoder(config, images, folder, device):
+    """The published RAE, or a TinyRAE that is trained now, or was in this run folder."""
     torch.manual_seed(config.seed)
     autoencoder = load_autoencoder(config.autoencoder, config).to(device)
-    keep = {"autoencoder": {}}                               # the published one is not copied
-    if config.autoencoder == "tiny":
+    if isinstance(autoencoder, TinyRAE):
         path = folder / "autoencoder.pt"
         if process_number() == 0 and not path.exists():
             save_checkpoint(path, fit_tiny_rae(autoencoder, images, config).state_dict())
         sum_over_processes(torch.zeros(1))
         load_weights(autoencoder.eval().requires_grad_(False), path)
-        keep = {"autoencoder": autoencoder.state_dict()}
+    return autoencoder
+
+
+def fit_denoiser(config, autoencoder, images, folder):
+    """Encode the images, train a denoiser on the latents -> the denoiser (averaged weights)."""
     latents = encode_images(autoencoder, images, config, folder)
     torch.manual_seed(config.seed)
-    denoiser = denoiser_for(config, autoencoder.latent_shape, len(images.classes)).to(device)
+    denoiser = denoiser_for(config, autoencoder.latent_shape, len(images.classes))
+    denoiser.to(next(autoencoder.parameters()).device)
     network = torch.compile(denoiser) if config.compile else denoiser
     project = spherify if config.spherify else torch.Tensor.float
 
@@ -1892,12 +1896,14 @@ def train_sphere_latent(config, images, folder, device):
     def draw_samples(average):
         sample_figure(average, autoencoder, images.classes, config, folder / "samples.png")
 
-    return autoencoder, fit(denoiser, losses, latents, images.classes, config, folder, keep,
-                            draw_samples)
+    keep = {"autoencoder": {}}                               # the published one is not copied
+    if isinstance(autoencoder, TinyRAE):
+        keep["autoencoder"] = autoencoder.state_dict()
+    return fit(denoiser, losses, latents, images.classes, config, folder, keep, draw_samples)
 
 
-def train_sphere_encoder(config, images, folder, device):
-    """-> a SphereEncoder (averaged weights), as the autoencoder and as the denoiser."""
+def fit_sphere_encoder(config, images, folder, device):
+    """Train a SphereEncoder on the images -> the model (averaged weights)."""
     torch.manual_seed(config.seed)
     model = SphereEncoder(config, len(images.classes))
     model.pca.fit(some_images(images, 2000, config.seed))
@@ -1915,8 +1921,7 @@ def train_sphere_encoder(config, images, folder, device):
     def draw_samples(average):
         sample_figure(average, average, images.classes, config, folder / "samples.png")
 
-    average = fit(model, losses, images, images.classes, config, folder, {}, draw_samples)
-    return average, average
+    return fit(model, losses, images, images.classes, config, folder, {}, draw_samples)
 
 
 def train(config, resume=False, overwrite=False):
@@ -1938,8 +1943,11 @@ def train(config, resume=False, overwrite=False):
         f"classes: {', '.join(shown)}{', ...' if len(counts) > 12 else ''}")
     say(f"device {device}, {config.train_steps:,} updates of {config.batch_size} images, "
         f"folder {folder}")
-    train_method = train_sphere_latent if config.method == "sphere-latent" else train_sphere_encoder
-    autoencoder, denoiser = train_method(config, images, folder, device)
+    if config.method == "sphere-encoder":
+        autoencoder = denoiser = fit_sphere_encoder(config, images, folder, device)
+    else:
+        autoencoder = frozen_autoencoder(config, images, folder, device)
+        denoiser = fit_denoiser(config, autoencoder, images, folder)
     if process_number() == 0:
         (folder / "autoencoder.pt").unlink(missing_ok=True)  # checkpoint.pt holds it as well
         (folder / "latents.bin").unlink(missing_ok=True)

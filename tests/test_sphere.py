@@ -1,168 +1,219 @@
-"""The geometry of the sphere, the noise angles and the three losses."""
+"""The sphere: its geometry, the noise angles, and the sampler that moves on it."""
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 import sphere_latent as sl
 
-L = 16 * 8
+SHAPE = (16, 8)
+RADIUS = math.sqrt(16 * 8)
+quietly = settings(max_examples=50, deadline=None, derandomize=True)
+seeds = st.integers(0, 10**6)
+angles = st.floats(0.01, 1.55)
 
 
-def latents(seed, batch=3):
-    return torch.randn(batch, 16, 8, generator=torch.Generator().manual_seed(seed))
+def points(seed, shape=SHAPE):
+    return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-@given(st.integers(0, 10_000), st.floats(1e-2, 1e4))
-@settings(max_examples=50, deadline=None)
-def test_spherify_has_norm_sqrt_L_and_keeps_the_direction(seed, scale):
-    z = latents(seed)
-    v = sl.spherify(scale * z)
-    torch.testing.assert_close(v.flatten(1).norm(dim=1), torch.full((3,), math.sqrt(L)), rtol=1e-2, atol=0)
-    torch.testing.assert_close(v, sl.spherify(z), rtol=1e-2, atol=1e-2)
-    if scale >= 1:                                           # the 1e-6 under the root is not felt
-        torch.testing.assert_close(sl.spherify(v), v, rtol=1e-5, atol=1e-5)
+def orthogonal(e, v):
+    """e without its part along v, on the sphere."""
+    return sl.spherify(e - (e * v).mean((1, 2), keepdim=True) * v)
 
 
-def test_spherify_is_fp32_under_autocast_and_in_half():
-    z = latents(0)
+def assert_close(a, b, tolerance=1e-4):
+    torch.testing.assert_close(a, torch.as_tensor(b).expand_as(a), rtol=tolerance, atol=tolerance)
+
+
+# ---- spherify
+
+def test_spherify_by_hand():
+    assert_close(sl.spherify(torch.tensor([[3.0, 4.0]])), torch.tensor([[3.0, 4.0]]) / 12.5 ** 0.5)
+
+
+@given(seeds, st.sampled_from([(4, 2), (16, 8), (1, 64), (3, 5, 7), (200,)]), st.floats(0.1, 1e4))
+@quietly
+def test_spherify_has_norm_sqrt_L(seed, shape, scale):
+    v = sl.spherify(scale * points(seed, shape))
+    assert_close(v.flatten(1).norm(dim=1), math.sqrt(math.prod(shape)))
+
+
+@given(seeds, st.floats(1e-3, 1e6))
+@quietly
+def test_spherify_keeps_the_direction(seed, scale):
+    z = points(seed).flatten(1)
+    assert_close(torch.cosine_similarity(sl.spherify(scale * z), z), 1.0, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_spherify_gives_float32(dtype):
+    z = points(0).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        assert sl.spherify(z).dtype == torch.float32
-        assert torch.equal(sl.spherify(z), F.rms_norm(z, z.shape[1:], eps=1e-6))
-    assert sl.spherify(z.bfloat16()).dtype == torch.float32
+        assert torch.equal(sl.spherify(z), sl.spherify(z.float()))
 
 
-def test_zero_latent_stays_zero_with_a_finite_gradient():
-    z = torch.zeros(2, 16, 8, requires_grad=True)
-    sl.latent_consistency_loss(sl.spherify(z), latents(0, 2)).backward()
-    assert torch.equal(sl.spherify(z.detach()), torch.zeros(2, 16, 8)) and z.grad.isfinite().all()
+def test_zero_stays_zero_with_a_finite_gradient():
+    z = torch.zeros(3, *SHAPE, requires_grad=True)
+    v = sl.spherify(z)
+    (v * points(0)).sum().backward()
+    assert torch.equal(v, z) and z.grad.isfinite().all() and z.grad.abs().sum() > 0
 
 
-@given(st.integers(0, 10_000), st.floats(0.01, 1.4))
-@settings(max_examples=50, deadline=None)
-def test_noisy_spherify_is_the_tangent_form_and_tilts_by_the_angle(seed, alpha):
-    v, e = sl.spherify(latents(seed)), latents(seed + 1)
-    noisy = sl.noisy_spherify(v, e, alpha)
-    torch.testing.assert_close(noisy, sl.spherify(v + math.tan(alpha) * e), rtol=1e-4, atol=1e-4)
-    # exact for noise at right angles to v and of the same length
-    e = sl.spherify(e - (e * v).mean((1, 2), keepdim=True) * v)
-    torch.testing.assert_close(sl.angle_between(v, sl.noisy_spherify(v, e, alpha)),
-                               torch.full((3,), alpha), rtol=1e-4, atol=1e-5)
+# ---- noise
+
+@given(seeds)
+@quietly
+def test_noisy_spherify_at_0_is_v_and_at_90_degrees_pure_noise(seed):
+    v, e = sl.spherify(points(seed)), points(seed + 1)
+    assert_close(sl.noisy_spherify(v, e, 0.0), v, 2e-6)
+    assert_close(sl.noisy_spherify(v, e, math.pi / 2), sl.spherify(e), 1e-5)
 
 
-def test_noisy_spherify_at_its_ends_and_with_one_angle_an_image():
-    v, e = sl.spherify(latents(0)), latents(1)
-    torch.testing.assert_close(sl.noisy_spherify(v, e, 0.0), v)
-    torch.testing.assert_close(sl.noisy_spherify(v, e, math.pi / 2), sl.spherify(e), atol=1e-5, rtol=1e-5)
+@given(seeds, angles)
+@quietly
+def test_noisy_spherify_is_the_form_of_the_papers(seed, alpha):
+    v, e = sl.spherify(points(seed)), points(seed + 1)
+    assert_close(sl.noisy_spherify(v, e, alpha), sl.spherify(v + math.tan(alpha) * e))
+
+
+@given(seeds, angles)
+@quietly
+def test_orthogonal_noise_tilts_by_exactly_the_angle(seed, alpha):
+    v = sl.spherify(points(seed))
+    e = orthogonal(points(seed + 1), v)
+    assert_close(sl.angle_between(v, sl.noisy_spherify(v, e, alpha)), alpha)
+    assert_close(sl.tilt(v, e, alpha).flatten(1).norm(dim=1), RADIUS)        # stays on the sphere
+
+
+def test_each_image_has_its_own_angle():
+    v, e = sl.spherify(points(0)), points(1)
     alpha = torch.tensor([0.1, 0.7, 1.5])
-    both = sl.noisy_spherify(v, e, alpha)
-    for i in range(3):
-        torch.testing.assert_close(both[i:i + 1], sl.noisy_spherify(v[i:i + 1], e[i:i + 1], float(alpha[i])))
+    alone = [sl.noisy_spherify(v[i:i + 1], e[i:i + 1], float(alpha[i])) for i in range(3)]
+    assert_close(sl.noisy_spherify(v, e, alpha), torch.cat(alone))
 
 
-def test_random_points_are_ninety_degrees_apart():
-    a, b = (torch.randn(500, 64, 32) for _ in range(2))
-    degrees = torch.rad2deg(sl.angle_between(a, b))
-    assert abs(degrees.mean() - 90) < 0.3 and degrees.std() < 2
+# ---- angles and arcs
+
+@pytest.mark.parametrize("alpha", [0.0, 1e-4, 1.0, math.pi])
+def test_angle_between_is_exact_for_small_and_large_angles(alpha):
+    v = sl.spherify(points(0))
+    turned = sl.tilt(v, orthogonal(points(1), v), alpha)
+    torch.testing.assert_close(sl.angle_between(v, turned), torch.full((3,), alpha),
+                               rtol=1e-3, atol=1e-6)
 
 
-def test_angle_between_is_exact_for_tiny_angles():
-    v = sl.spherify(latents(0))
-    assert sl.angle_between(v, v).max() < 1e-6
-    torch.testing.assert_close(sl.angle_between(v, -v), torch.full((3,), math.pi))
+def test_random_points_are_90_degrees_apart():
+    degrees = torch.rad2deg(sl.angle_between(points(0, (64, 32)), points(1, (64, 32))))
+    assert_close(degrees, 90.0, 0.1)
 
 
-@given(st.integers(0, 1000), st.floats(0, 1))
-@settings(max_examples=50, deadline=None)
-def test_slerp_stays_on_the_sphere_at_the_right_share_of_the_angle(seed, t):
-    a, b = sl.spherify(latents(seed)), sl.spherify(latents(seed + 1))
-    p = sl.slerp(a, b, t)
-    torch.testing.assert_close(p.flatten(1).norm(dim=1), torch.full((3,), math.sqrt(L)), rtol=1e-4, atol=0)
-    torch.testing.assert_close(sl.angle_between(a, p), t * sl.angle_between(a, b), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(sl.slerp(a, a, t), a, rtol=1e-4, atol=1e-4)
+@given(seeds, st.floats(0, 1))
+@quietly
+def test_slerp_moves_at_constant_speed_on_the_shortest_arc(seed, t):
+    a, b = sl.spherify(points(seed)), sl.spherify(points(seed + 1))
+    p, whole = sl.slerp(a, b, t), sl.angle_between(a, b)
+    assert_close(p.flatten(1).norm(dim=1), RADIUS)
+    assert_close(sl.angle_between(a, p), t * whole, 1e-3)
+    assert_close(sl.angle_between(p, b), (1 - t) * whole, 1e-3)
 
 
-@pytest.mark.parametrize("name", ["logit-normal", "uniform", "uniform-tangent"])
-def test_angles(name, generator):
-    config = sl.Config(noise_distribution=name, max_angle=85.0, small_ratio=0.5, noise_std=0.7)
+def test_slerp_begins_at_a_and_ends_at_b_with_one_share_an_image():
+    a, b = sl.spherify(points(0)), sl.spherify(points(1))
+    p = sl.slerp(a, b, torch.tensor([0.0, 1.0, 0.5]))
+    assert_close(p, torch.stack([a[0], b[1], sl.spherify(a + b)[2]]))
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e-6, 1e-4, 1e-2])
+def test_slerp_between_near_points_does_not_divide_by_zero(distance):
+    a = sl.spherify(points(0))
+    b = sl.tilt(a, orthogonal(points(1), a), distance)
+    assert_close(sl.slerp(a, b, 0.5), sl.tilt(a, orthogonal(points(1), a), distance / 2), 1e-5)
+
+
+# ---- the distribution of the noise angles
+
+NOISE = {   # what has the given mean and standard deviation, as a function of tan(large) / tan(max)
+    "logit-normal": (lambda tan: torch.logit(torch.atan(tan * math.tan(1.4)) / 1.4), 1.2, 0.7),
+    "uniform": (lambda tan: torch.atan(tan * math.tan(1.4)) / 1.4, 0.5, 12 ** -0.5),
+    "uniform-tangent": (lambda tan: tan, 0.5, 12 ** -0.5)}
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_distribution_of_the_large_angle(name, generator):
+    config = sl.Config(noise_distribution=name, max_angle=math.degrees(1.4), noise_std=0.7)
+    _, large = sl.sample_angles(4000, config, generator)
+    level, mean, std = NOISE[name]
+    values = level(large.tan() / math.tan(1.4))
+    assert values.mean().item() == pytest.approx(mean, abs=0.04)
+    assert values.std().item() == pytest.approx(std, abs=0.04)
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_tangent_of_the_small_angle_is_a_uniform_share_of_the_large_one(name, generator):
+    config = sl.Config(noise_distribution=name, max_angle=85.0, small_ratio=0.4)
     small, large = sl.sample_angles(4000, config, generator)
-    assert (small >= 0).all() and (large <= math.radians(85) + 1e-6).all() and (small <= large).all()
-    ratio = small.tan() / large.tan()
-    assert ratio.max() <= 0.5 + 1e-3 and abs(ratio.mean() - 0.25) < 0.01
-    level = {"logit-normal": torch.logit(large / math.radians(85)), "uniform": large / math.radians(85),
-             "uniform-tangent": large.tan() / math.tan(math.radians(85))}[name]
-    mean, std = {"logit-normal": (config.noise_mean, 0.7)}.get(name, (0.5, 12 ** -0.5))
-    assert abs(level.mean() - mean) < 0.05 and abs(level.std() - std) < 0.05
+    share = small.tan() / large.tan() / 0.4
+    assert 0 <= share.min() and share.max() <= 1 + 1e-4
+    assert share.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert share.std().item() == pytest.approx(12 ** -0.5, abs=0.02)
 
 
-def test_uniform_tangents_are_stratified_one_in_each_part_of_the_range(generator):
+def test_uniform_tangents_have_one_value_in_each_part_of_the_range(generator):
     config = sl.Config(noise_distribution="uniform-tangent", max_angle=85.0)
     share = sl.sample_angles(8, config, generator)[1].tan() / math.tan(math.radians(85))
     assert torch.equal((8 * share).floor(), torch.arange(8.0))
-    alone = torch.stack([sl.sample_angles(1, config, generator)[1] for _ in range(50)])     # one image, all angles
-    assert alone.min() < math.radians(60) and alone.max() > math.radians(80) and alone.unique().numel() == 50
 
 
-def test_angles_are_finite_at_ninety_degrees(generator):
-    config = sl.Config(noise_distribution="logit-normal", noise_mean=30.0, max_angle=90.0)
-    assert all(alpha.isfinite().all() and (alpha >= 0).all() for alpha in sl.sample_angles(100, config, generator))
+def test_angles_are_finite_at_90_degrees(generator):
+    for alpha in sl.sample_angles(100, sl.Config(noise_mean=20.0), generator):
+        assert alpha.isfinite().all() and 0 <= alpha.min() and alpha.max() <= math.pi / 2 + 1e-6
 
 
-# ---- losses
+# ---- sampling
 
-def test_losses_by_hand():
-    a, b = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.0, 4.0]]])
-    assert sl.reconstruction_loss(a, b) == 2.5 and sl.consistency_loss(a, b) == 2.5
-    cosine = 8 / (math.sqrt(5) * 4)
-    assert abs(float(sl.latent_consistency_loss(a, b)) - (1 - cosine)) < 1e-5
-    image = torch.zeros(1, 3, 2, 2)
-    assert abs(float(sl.reconstruction_loss(image, image + 0.5)) - 0.125) < 1e-6       # smooth L1: 0.5 * 0.5^2
-    assert abs(float(sl.reconstruction_loss(image, image + 3.0)) - 2.5) < 1e-6         # and 3 - 0.5
+@pytest.fixture
+def denoiser():
+    torch.manual_seed(0)
+    denoiser = sl.Denoiser(SHAPE, 3, 32, 1, 2)
+    torch.nn.init.normal_(denoiser.head.weight)                              # not the zero function
+    return denoiser.eval().requires_grad_(False)
 
 
-def test_gradients_stop_where_the_paper_stops_them():
-    a, b = latents(0).requires_grad_(), latents(1).requires_grad_()
-    (sl.consistency_loss(a, b) + sl.latent_consistency_loss(a, b)).backward()
-    assert a.grad.abs().sum() > 0 and b.grad is None
-    b.grad, a.grad = None, None
-    sl.reconstruction_loss(a, b.detach()).backward()
-    assert a.grad.abs().sum() > 0
+@pytest.mark.parametrize("sphere", [True, False])
+def test_sample_follows_its_description(denoiser, sphere):
+    """Denoise, tilt back by two thirds, then one third of the largest tilt, with new noise."""
+    labels, noise = torch.tensor([0, 2, 1]), torch.stack([points(1), points(2), points(3)])
+    project = sl.spherify if sphere else torch.Tensor.float
+    expected = [project(noise[0])]
+    expected.append(denoiser(expected[-1], labels))
+    for k, angle in ((1, 2 / 3), (2, 1 / 3)):
+        expected.append(project(sl.tilt(project(expected[-1]), noise[k], angle * 1.4)))
+        expected.append(denoiser(expected[-1], labels))
+    z, path = sl.sample(denoiser, labels, steps=3, largest_tilt=1.4, noise=noise, return_path=True,
+                        sphere=sphere)
+    assert_close(torch.stack(path), torch.stack(expected))
+    assert torch.equal(z, path[-1])                          # the last estimate as it is
 
 
-def test_sphere_losses_vanish_for_a_perfect_decoder_and_run_it_once():
-    config, v, calls = sl.Config(), sl.spherify(latents(0)), []
-
-    def decode(views, labels):
-        calls.append((views, labels))
-        return v.repeat(2, 1, 1)
-    small, large = torch.full((3,), 0.2), torch.full((3,), 1.2)
-    losses = sl.sphere_losses(decode, sl.spherify, v, v, torch.tensor([0, 1, 2]), latents(1), small, large, config)
-    assert all(abs(float(loss)) < 1e-6 for loss in losses.values())
-    (views, labels), = calls
-    torch.testing.assert_close(views[:3], sl.noisy_spherify(v, latents(1), small))
-    torch.testing.assert_close(views[3:], sl.noisy_spherify(v, latents(1), large))
-    assert labels.tolist() == [0, 1, 2, 0, 1, 2]
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_guidance_is_an_extrapolation_from_the_null_label(denoiser, scale):
+    labels, noise = torch.tensor([0, 2, 1]), points(1)[None]
+    null = sl.sample(denoiser, torch.full((3,), 3), steps=1, noise=noise)
+    conditional = sl.sample(denoiser, labels, steps=1, noise=noise)
+    guided = sl.sample(denoiser, labels, steps=1, noise=noise, cfg_scale=scale)
+    assert_close(guided, null + scale * (conditional - null))
 
 
-def test_total_is_the_weighted_sum():
-    config = sl.Config(reconstruction_weight=2.0, consistency_weight=3.0, latent_consistency_weight=5.0)
-    v = sl.spherify(latents(0))
-    losses = sl.sphere_losses(lambda x, y: 0.9 * x, sl.spherify, v, v, torch.zeros(3).long(), latents(1),
-                              torch.full((3,), 0.3), torch.full((3,), 1.0), config)
-    expected = 2 * losses["reconstruction"] + 3 * losses["consistency"] + 5 * losses["latent_consistency"]
-    torch.testing.assert_close(losses["total"], expected)
-    assert all(float(losses[name]) > 0.01 for name in losses)
+def test_sample_draws_its_noise_from_the_generator(denoiser):
+    def draw(seed):
+        return sl.sample(denoiser, torch.zeros(2).long(), generator=sl.seeded_generator(seed, 0))
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
 
 
-def test_the_same_function_serves_images():
-    """Sphere Encoder's form: decode gives images, encode comes back, the target is the image."""
-    v, image = sl.spherify(latents(0)), torch.rand(3, 3, 8, 8)
-    basis = torch.linalg.qr(torch.randn(192, 192))[0][:L]
-    decode = lambda x, y: (x.flatten(1) @ basis).view(-1, 3, 8, 8)
-    encode = lambda x: sl.spherify((x.flatten(1) @ basis.T).view(-1, 16, 8))
-    losses = sl.sphere_losses(decode, encode, v, image, torch.zeros(3).long(), latents(1),
-                              torch.zeros(3), torch.zeros(3), sl.Config())
-    torch.testing.assert_close(losses["reconstruction"], F.smooth_l1_loss(decode(v, None), image))
-    assert abs(float(losses["latent_consistency"])) < 1e-5 and abs(float(losses["consistency"])) < 1e-6
+def test_noise_of_an_image_depends_on_its_number_alone():
+    one, six = sl.seeded_noise([2], SHAPE, 0, draws=1), sl.seeded_noise([0, 1, 2], SHAPE, 0, draws=6)
+    assert six.shape == (6, 3, *SHAPE) and torch.equal(one[0, 0], six[0, 2])
+    assert six.flatten(2).unique(dim=1).shape[1] == 3        # other images have other noise
+    assert not torch.equal(six[0], six[1])                   # and so have other steps
