@@ -228,7 +228,7 @@ def find_device(name):
         name = "cuda:" + os.environ["LOCAL_RANK"]
     try:
         torch.zeros(1, device=name).tolist()                 # "meta" gives nothing back
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     torch.set_float32_matmul_precision("high")               # on a GPU: TF32 where it is not bf16
     return torch.device(name)
@@ -574,14 +574,13 @@ def load_images(config, split):
 
 
 def random_batches(count, config, first_step, last_step):
-    """Yield the numbers of the images of each update: this process's share of the batch.
+    """Yield the numbers of the images of each update.
 
     They depend on seed and step alone, so that a resumed run goes on with the right ones.
     """
     for step in range(first_step, last_step):
         generator = seeded_generator(config.seed, step)
-        chosen = torch.randint(count, (config.batch_size,), generator=generator)
-        yield chosen.tolist()[process_number()::process_count()]
+        yield torch.randint(count, (config.batch_size,), generator=generator).tolist()
 
 
 def in_batches(numbers, size=100):
@@ -1146,10 +1145,9 @@ def learning_rate_at(step, steps, largest):
     return largest * min((step + 1) / 50, 1, 2 - 2 * step / steps)
 
 
-def mirror_half(images, generator):
-    """Mirror images [B, 3, H, W] left to right, each with probability 1/2."""
-    coin = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device) < 0.5
-    return torch.where(coin.to(images.device), images.flip(-1), images)
+def mirror(images, chosen):
+    """Mirror those images [B, 3, H, W] left to right for which chosen [B] is true."""
+    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def fit_tiny_rae(autoencoder, images, config):
@@ -1168,7 +1166,7 @@ def fit_tiny_rae(autoencoder, images, config):
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, steps, 2e-3)
         generator = seeded_generator(config.seed, step)
         if config.flips:
-            x = mirror_half(x, generator)                                    # [B, 3, H, W]
+            x = mirror(x, torch.rand(len(x), generator=generator) < 0.5)     # [B, 3, H, W]
         sigma = 0.25 * torch.randn(len(x), 1, 1, generator=generator).abs()
         noise = sigma * torch.randn(len(x), *autoencoder.latent_shape, generator=generator)
         x, noise = x.to(device), noise.to(device)
@@ -1237,17 +1235,18 @@ class Objective(nn.Module):
 def update(model, objective, optimizer, x, labels, config, step):
     """One update from this process's share (x, labels) of a batch -> its losses, a dict of scalars.
 
-    Noise, angles and dropped labels are drawn for the whole batch and then shared out, so that the
-    result does not depend on the number of processes.
+    Everything random is drawn for the whole batch and then shared out, so that the result does not
+    depend on the number of processes.
     """
     device = labels.device
     generator = seeded_generator(config.seed, step, device)
+    is_mirrored = torch.rand(config.batch_size, generator=generator, device=device) < 0.5
     is_dropped = torch.rand(config.batch_size, generator=generator, device=device) < LABEL_DROPOUT
     alpha_small, alpha_large = sample_angles(config.batch_size, config, generator)
     e = torch.randn(config.batch_size, *model.latent_shape, generator=generator, device=device)
-    if x.dim() == 4 and config.flips:                        # images; latents include mirror images
-        x = mirror_half(x, generator)
     share = slice(process_number(), None, process_count())
+    if x.dim() == 4 and config.flips:                        # images; latents include mirror images
+        x = mirror(x, is_mirrored[share])
     labels = labels.masked_fill(is_dropped[share], model.num_classes)
     batch = (x, labels, e[share], alpha_small[share], alpha_large[share])
 
@@ -1367,7 +1366,9 @@ def fit(model, losses, dataset, classes, config, folder, keep, on_save):
     objective = Objective(model, losses)
     if process_count() > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
-    batches = random_batches(len(dataset), config, first_step, config.train_steps)
+    share = slice(process_number(), None, process_count())
+    batches = (numbers[share] for numbers in random_batches(
+        len(dataset), config, first_step, config.train_steps))
     bar = progress(batch_loader(dataset, batches, device), config.method, initial=first_step,
                    total=config.train_steps)
     recent = []
@@ -1867,13 +1868,17 @@ def frozen_autoencoder(config, images, folder, device):
     """The published RAE, or a TinyRAE that is trained now, or was in this run folder."""
     torch.manual_seed(config.seed)
     autoencoder = load_autoencoder(config.autoencoder, config).to(device)
-    if isinstance(autoencoder, TinyRAE):
-        path = folder / "autoencoder.pt"
+    if isinstance(autoencoder, RAE):
+        return autoencoder
+    path, checkpoint_path = folder / "autoencoder.pt", folder / "checkpoint.pt"
+    if checkpoint_path.exists():
+        autoencoder.load_state_dict(read_checkpoint(checkpoint_path)["autoencoder"])
+    else:
         if process_number() == 0 and not path.exists():
             save_checkpoint(path, fit_tiny_rae(autoencoder, images, config).state_dict())
         sum_over_processes(torch.zeros(1))
-        load_weights(autoencoder.eval().requires_grad_(False), path)
-    return autoencoder
+        load_weights(autoencoder, path)
+    return autoencoder.eval().requires_grad_(False)
 
 
 def fit_denoiser(config, autoencoder, images, folder):
@@ -1966,7 +1971,7 @@ def load_run(path, device="cpu", **changes):
     denoiser.classes has the names of the classes.
     """
     state = read_checkpoint(path)
-    config = dataclasses.replace(state["config"], **changes)
+    config = dataclasses.replace(state["config"], device=str(device), **changes)
     try:
         if config.method == "sphere-encoder":
             autoencoder = denoiser = SphereEncoder(config, len(state["classes"]))
@@ -2034,8 +2039,9 @@ def refuse_unused_flags(given, config):
 
 def open_run(path, given):
     """A run, with the flags in `given` in the place of its settings."""
+    changes = {name: value for name, value in given.items() if name != "device"}
     device = find_device(given.get("device", "auto"))
-    return load_run(pathlib.Path(path).expanduser(), device, **{**given, "device": str(device)})
+    return load_run(pathlib.Path(path).expanduser(), device, **changes)
 
 
 def class_number(word, classes):

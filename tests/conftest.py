@@ -3,7 +3,6 @@ import functools
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"                          # torch reads it when it is imported
@@ -25,12 +24,6 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: over five seconds; leave them out with -m 'not slow'")
 
 
-def pytest_collection_modifyitems(items):
-    """Slow tests last, and the default run at the very end: it trains beside all the others."""
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None,
-                                 "default_run" in item.fixturenames))
-
-
 @functools.cache
 def fewer_drawings(split, size, seed=0):
     """As sl.drawn_images, but 240 drawings to train on and 48 to test on."""
@@ -42,20 +35,11 @@ def fewer_drawings(split, size, seed=0):
 
 @pytest.fixture(scope="session", autouse=True)
 def small_sizes():
-    """All tests draw fewer flowers and train a smaller denoiser. Gives what undoes that."""
+    """All tests draw fewer flowers and train a smaller denoiser."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sl, "drawn_images", fewer_drawings)
         patch.setitem(sl.MODEL_SIZES, "tiny", (64, 2, 2))
-        yield patch
-
-
-@pytest.fixture
-def whole(small_sizes):
-    """The sizes that users get."""
-    small_sizes.undo()
-    yield
-    small_sizes.setattr(sl, "drawn_images", fewer_drawings)
-    small_sizes.setitem(sl.MODEL_SIZES, "tiny", (64, 2, 2))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -69,21 +53,3 @@ def small_run(small_sizes, tmp_path_factory):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def default_run(tmp_path_factory):
-    """`train` without flags: started, and not waited for -> process, its folder."""
-    folder = tmp_path_factory.mktemp("default")
-    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-        process = subprocess.Popen([sys.executable, str(ROOT / "sphere_latent.py"), "train"],
-                                   cwd=folder, stdout=out, stderr=err)
-    yield process, folder
-    process.kill()
-    process.wait()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def start_default_run(request):
-    if any("default_run" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("default_run")

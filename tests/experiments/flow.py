@@ -1,0 +1,104 @@
+"""Few against many: Sphere Latent Encoder against plain flow matching on the same latents.
+
+    python tests/experiments/flow.py runs/drawn --updates 1000 --seeds 0 1 2
+
+Both train the same transformer on the latents of the run's autoencoder, with as many updates, views
+and the same optimizer. The flow mixes z and noise on a straight line, x_t = (1 - t) z + t e with
+logit-normal times t, predicts the clean z from x_t without being told t, and is sampled with Euler
+steps. Printed: the judge's Fréchet distance (judge.py) against the number of calls of the network.
+"""
+import argparse
+import copy
+import dataclasses
+import pathlib
+import sys
+import tempfile
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+from judge import Scores  # noqa: E402
+import sphere_latent as sl  # noqa: E402
+
+OUR_STEPS = (1, 2, 4, 6, 8, 16, 50)
+FLOW_STEPS = (1, 2, 4, 8, 16, 50)
+
+
+def fit_flow(config, z, labels):
+    """Train the denoiser's transformer as a flow on latents z [n, N, C] -> the averaged model."""
+    torch.manual_seed(config.seed)
+    classes = int(labels.max()) + 1
+    model = sl.denoiser_for(config, tuple(z.shape[1:]), classes)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for step, numbers in enumerate(sl.random_batches(len(z), config, 0, config.train_steps)):
+        rate = sl.learning_rate_at(step, config.train_steps, config.learning_rate)
+        optimizer.param_groups[0]["lr"] = rate
+        generator = sl.seeded_generator(config.seed, step)
+        x, y = z[numbers].repeat(2, 1, 1), labels[numbers].repeat(2)         # as many views as ours
+        dropped = torch.rand(len(y), generator=generator) < sl.LABEL_DROPOUT
+        t = torch.randn(len(y), 1, 1, generator=generator).sigmoid()
+        e = torch.randn(x.shape, generator=generator)
+        with sl.autocast(torch.device("cpu")):
+            z_hat = model((1 - t) * x + t * e, y.masked_fill(dropped, classes))
+        loss = F.mse_loss(z_hat.float(), x)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        sl.update_average(average, model, min(config.ema_decay, (2 + step) / (11 + step)))
+    return average
+
+
+@torch.no_grad()
+def sample_flow(model, labels, steps, cfg_scale, noise):
+    """Euler steps from t = 1 to t = 0 -> latents [B, N, C]."""
+    x = noise
+    for k in range(steps):
+        t, next_t = 1 - k / steps, 1 - (k + 1) / steps
+        z_hat = sl.guided(model, x, labels, model.num_classes, cfg_scale)
+        x = z_hat + (x - z_hat) * next_t / t
+    return x
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a finished run on the drawn flowers")
+    parser.add_argument("--updates", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cfg-scales", type=float, nargs="+", default=[1.5, 2.5])
+    given = parser.parse_args()
+    start, autoencoder, _ = sl.load_run(given.run)
+    images, held_out = sl.load_images(start, "train"), sl.load_images(start, "test")
+    scores = Scores(images, held_out)
+    y = sl.balanced_labels(600, len(images.classes))
+
+    def decode(z):
+        return torch.cat([autoencoder.decode(some) for some in z.split(100)])
+
+    for seed in given.seeds:
+        config = dataclasses.replace(start, train_steps=given.updates, seed=seed, save_every=10**9)
+        with tempfile.TemporaryDirectory() as folder:
+            folder = pathlib.Path(folder)
+            ours = sl.fit_denoiser(config, autoencoder, images, folder)
+            z, labels = sl.encode_images(autoencoder, images, config, folder).tensors
+            flow = fit_flow(config, z.float(), labels)
+        for scale in given.cfg_scales:
+            generator = torch.Generator().manual_seed(1234)
+            noise = torch.randn(max(OUR_STEPS), len(y), *ours.latent_shape, generator=generator)
+            rows = {"ours": {}, "flow": {}}
+            for steps in OUR_STEPS:
+                made = decode(sl.sample(ours, y, steps, scale, noise=noise[:steps]))
+                rows["ours"][steps] = scores(made, y)["judge"]
+            for steps in FLOW_STEPS:
+                made = decode(sample_flow(flow, y, steps, scale, noise[0]))
+                rows["flow"][steps] = scores(made, y)["judge"]
+            for name, row in rows.items():
+                cells = "  ".join(f"{steps}: {distance:.4f}" for steps, distance in row.items())
+                print(f"seed {seed}  guidance {scale:g}  {name}  {cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
