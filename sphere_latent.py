@@ -45,6 +45,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import sys
@@ -588,8 +589,9 @@ def in_batches(numbers, size=100):
 
 
 def ignore_ctrl_c(worker):
-    """The main process decides what Ctrl-C means."""
+    """The main process decides what Ctrl-C means; its workers end when it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def batch_loader(dataset, batches, device=torch.device("cpu")):
@@ -898,7 +900,8 @@ def load_weights(module, path):
     try:
         module.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} holds other weights: {str(error)[:300]}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} holds other weights: {reason}") from None
 
 
 class RAEDecoder(nn.Module):
@@ -1326,13 +1329,14 @@ def read_checkpoint(path):
     if not path.exists():
         raise UserError(f"no checkpoint {path}; an unfinished run goes on with train --resume RUN")
     state = read_weights(path)
-    if not isinstance(state, dict) or not {"step", "config", "average"} <= set(state):
-        raise UserError(f"{path} is not a checkpoint of this program")
-    unknown = set(state["config"]) - {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        raise UserError(f"{path} is from another version: it has the settings {', '.join(unknown)}")
-    state["config"] = Config(**state["config"])
-    return state
+    try:
+        unknown = set(state["config"]) - {field.name for field in dataclasses.fields(Config)}
+        if unknown:
+            raise UserError(f"{path} is from another version: its settings {', '.join(unknown)} are "
+                            "unknown here")
+        return {**state, "step": int(state["step"]), "config": Config(**state["config"])}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a checkpoint of this program") from None
 
 
 def write_table(path, rows):
@@ -1341,6 +1345,17 @@ def write_table(path, rows):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def restore(parts, classes, state, path):
+    """Load the entries of a checkpoint into model, average and optimizer."""
+    if state.get("classes") != list(classes):
+        raise UserError(f"{path} is of other classes than the images that are there now")
+    for name in (*parts, "log"):
+        if name not in state:
+            raise UserError(f"{path} has no {name}: it can be sampled from, but not trained on")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
 
 
 def fit(model, losses, dataset, classes, config, folder, keep, on_save):
@@ -1357,10 +1372,7 @@ def fit(model, losses, dataset, classes, config, folder, keep, on_save):
     first_step, log, began = 0, [], time.time()
     if path.exists():
         state = read_checkpoint(path)
-        if state["classes"] != list(classes):
-            raise UserError(f"{path} is of other classes than the images that are there now")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        restore(parts, classes, state, path)
         first_step, log = state["step"], state["log"]
         began -= log[-1]["seconds"]
     objective = Objective(model, losses)
@@ -1400,7 +1412,7 @@ def fit(model, losses, dataset, classes, config, folder, keep, on_save):
                 sum_over_processes(torch.zeros(1))           # none goes on before it is written
             if stopping:
                 raise Stopped(f"stopped after update {done} of {config.train_steps}; go on with: "
-                              f"python sphere_latent.py train --resume {folder}")
+                              f"python sphere_latent.py train --resume {shlex.quote(str(folder))}")
     return average
 
 
@@ -1649,7 +1661,9 @@ def evaluate(runs):
     """
     configs = [config for config, _, _ in runs.values()]
     config, device = configs[0], next(list(runs.values())[0][2].parameters()).device
-    if len({(other.dataset, other.image_size, other.autoencoder) for other in configs}) > 1:
+    kinds = {(other.dataset, other.data_dir, other.image_size, other.uses_rae())
+             for other in configs}
+    if len(kinds) > 1:
         raise UserError("these runs have other images or autoencoders: evaluate them one by one")
     held_out = load_images(config, "test")
     if config.uses_rae():
@@ -1824,24 +1838,30 @@ RUN_FILES = ("config.json", "autoencoder.pt", "checkpoint.pt", "latents.bin", "l
 CPU_SECONDS_PER_IMAGE = {"tiny": 0.01, "S": 0.2, "B": 2.6, "L": 9.0, "XL": 13.0}     # two cores
 
 
+def small_command(config):
+    """The command that trains on the same images without published weights."""
+    command = f"python sphere_latent.py train --dataset {config.dataset} --autoencoder tiny"
+    if config.data_dir:
+        command += f" --data-dir {shlex.quote(config.data_dir)}"
+    return command
+
+
 def check_inputs(config):
     """Look for all data and weights before anything long. What is missing is said at once."""
-    problems, advice = [], "python sphere_latent.py train"   # the drawn flowers need no files
+    problems = []
+    advice = small_command(config) if config.uses_rae() else "python sphere_latent.py train"
     if config.dataset != "drawn":
         try:
             find_images(config, "train")
             find_images(config, "test")
         except UserError as error:
             problems.append(str(error))
-    if config.uses_rae():
-        if not problems:
-            advice += f" --dataset {config.dataset} --autoencoder tiny"
-            advice += f" --data-dir {config.data_dir}" if config.data_dir else ""
-        for name in (*HUGGING_FACE_FILES, INCEPTION):
-            try:
-                find_weights(name, config.weights_dir)
-            except UserError as error:
-                problems.append(f"{error}: put it in a folder and add --weights-dir FOLDER")
+            advice = "python sphere_latent.py train"         # the drawn flowers need no files
+    for name in (*HUGGING_FACE_FILES, INCEPTION) if config.uses_rae() else ():
+        try:
+            find_weights(name, config.weights_dir)
+        except UserError as error:
+            problems.append(f"{error}: put it in a folder and add --weights-dir FOLDER")
     if problems:
         raise UserError(";\n  ".join(problems) + f".\nThis needs none of it: {advice}")
 
@@ -1851,7 +1871,8 @@ def prepare_folder(config, resume, overwrite):
     folder = pathlib.Path(config.out or f"runs/{config.dataset}").expanduser()
     held = [name for name in RUN_FILES[:3] if (folder / name).exists()]
     if held and not resume and not overwrite:
-        raise UserError(f"{folder} already holds a run: go on with it (train --resume {folder}), "
+        name = shlex.quote(str(folder))
+        raise UserError(f"{folder} already holds a run: go on with it (train --resume {name}), "
                         "replace it (--overwrite) or choose another folder (--out)")
     folder.mkdir(parents=True, exist_ok=True)
     sum_over_processes(torch.zeros(1))                       # all have looked
@@ -1938,7 +1959,7 @@ def train(config, resume=False, overwrite=False):
     if device.type == "cpu" and config.uses_rae():
         seconds = CPU_SECONDS_PER_IMAGE[config.model_size] * config.train_steps * config.batch_size
         say(f"No GPU found: on a CPU this takes about {seconds / 86_400:,.0f} days. For a CPU: "
-            f"python sphere_latent.py train --dataset {config.dataset} --autoencoder tiny")
+            + small_command(config))
     check_inputs(config)
     folder = prepare_folder(config, resume, overwrite)
     images, held_out = load_images(config, "train"), load_images(config, "test")
@@ -1981,12 +2002,31 @@ def load_run(path, device="cpu", **changes):
             if config.autoencoder == "tiny":
                 autoencoder.load_state_dict(state["autoencoder"])
         denoiser.load_state_dict(state["average"])
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit this program: {str(error)[:300]}") from None
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} does not fit this program: {reason}") from None
     denoiser.classes = state["classes"]
     for model in (autoencoder, denoiser):
         model.to(device).eval().requires_grad_(False)
     return config, autoencoder, denoiser
+
+
+def refuse_unused_flags(given, config):
+    """Raise UserError for a flag that would have no effect."""
+    unused = []
+    if config.dataset == "drawn":
+        unused += ["data_dir"]
+    if config.method == "sphere-encoder":
+        unused += ["autoencoder", "autoencoder_steps", "spherify", "compile"]
+    elif config.uses_rae():
+        unused += ["patch_size", "latent_channels", "autoencoder_steps"]
+    if not config.uses_rae() and (config.method == "sphere-latent" or config.dataset == "drawn"):
+        unused += ["weights_dir"]
+    if config.noise_distribution != "logit-normal":
+        unused += ["noise_mean", "noise_std"]
+    for name in unused:
+        if name in given:
+            raise UserError(f"--{name.replace('_', '-')} has no effect here: leave it out")
 
 
 def train_command(given):
@@ -2007,6 +2047,7 @@ def train_command(given):
             config = Config(**{**saved, "out": str(folder), **given})
         except (ValueError, TypeError) as error:
             raise UserError(f"{folder}/config.json is of no run of this program: {error}") from None
+        refuse_unused_flags(given, config)
         train(config, resume=True)
     else:
         if "data_dir" in given:
@@ -2018,30 +2059,13 @@ def train_command(given):
     say(f"look at {folder / 'samples.png'}")
 
 
-def refuse_unused_flags(given, config):
-    """Raise UserError for a flag that would have no effect."""
-    tiny_only = ["patch_size", "latent_channels", "autoencoder_steps"]
-    unused = []
-    if config.dataset == "drawn":
-        unused += ["data_dir"]
-    if config.method == "sphere-encoder":
-        unused += ["autoencoder", "autoencoder_steps", "spherify"]
-    elif config.uses_rae():
-        unused += tiny_only
-    else:
-        unused += ["weights_dir"]
-    if config.noise_distribution != "logit-normal":
-        unused += ["noise_mean", "noise_std"]
-    for name in unused:
-        if name in given:
-            raise UserError(f"--{name.replace('_', '-')} has no effect here: leave it out")
-
-
 def open_run(path, given):
     """A run, with the flags in `given` in the place of its settings."""
     changes = {name: value for name, value in given.items() if name != "device"}
     device = find_device(given.get("device", "auto"))
-    return load_run(pathlib.Path(path).expanduser(), device, **changes)
+    run = load_run(pathlib.Path(path).expanduser(), device, **changes)
+    refuse_unused_flags(given, run[0])
+    return run
 
 
 def class_number(word, classes):
@@ -2062,16 +2086,17 @@ def sample_command(given):
     out = pathlib.Path(given.pop("out", folder / "sampled.png")).expanduser()
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UserError(f"--out {out}: must be the name of a .png file")
+    out.parent.mkdir(parents=True, exist_ok=True)
     config, autoencoder, denoiser = open_run(path, given)
     classes = denoiser.classes
     chosen = sorted(set(balanced_labels(12, len(classes)).tolist()))         # at most twelve
     if words is not None:
         chosen = [class_number(word, classes) for word in words]
-    if not 1 <= count * len(chosen) <= 1000:
-        raise UserError(f"--count {count}, {len(chosen)} classes: a sheet holds 1 to 1,000 images")
+    if not 1 <= count <= 500 or len(chosen) > 500 or count * len(chosen) > 1000:
+        raise UserError(f"--count {count}, {len(chosen)} classes: a sheet has room for 1,000 images, "
+                        "500 in a row or column")
     labels = torch.tensor(chosen).repeat_interleave(count)
     images = sample_images(denoiser, autoencoder, labels, config, config.steps)
-    out.parent.mkdir(parents=True, exist_ok=True)
     picture(out, images.split(count), [classes[label] for label in chosen])
     say(str(out))
 
@@ -2150,4 +2175,5 @@ def main(argv=None):
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):                   # a notebook's %run has no such stream
         sys.stdout.reconfigure(errors="backslashreplace")    # any name, in any terminal
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                # as Ctrl-C
     sys.exit(main())

@@ -6,6 +6,7 @@ import signal
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"                          # torch reads it when it is imported
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -16,6 +17,10 @@ import sphere_latent as sl  # noqa: E402
 SMALL = ["--image-size", "16", "--patch-size", "8", "--latent-channels", "8",
          "--autoencoder-steps", "6", "--train-steps", "6", "--batch-size", "8",
          "--eval-samples", "24", "--device", "cpu"]
+WHOLE = sl.drawn_images, sl.MODEL_SIZES["tiny"]
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config):
@@ -36,10 +41,14 @@ def fewer_drawings(split, size, seed=0):
 @pytest.fixture(scope="session", autouse=True)
 def small_sizes():
     """All tests draw fewer flowers and train a smaller denoiser."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sl, "drawn_images", fewer_drawings)
-        patch.setitem(sl.MODEL_SIZES, "tiny", (64, 2, 2))
-        yield
+    sl.drawn_images, sl.MODEL_SIZES["tiny"] = fewer_drawings, (64, 2, 2)
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """The sizes that users get."""
+    monkeypatch.setattr(sl, "drawn_images", WHOLE[0])
+    monkeypatch.setitem(sl.MODEL_SIZES, "tiny", WHOLE[1])
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,106 @@
+"""Sampling: denoise, tilt, denoise again; an image depends on its seed, label and number alone."""
+import math
+
+import pytest
+import torch
+
+import sphere_latent as sl
+
+LABELS = torch.tensor([0, 2])
+POINTS = math.sqrt(32) * torch.eye(32).view(32, 4, 8)        # on the sphere, at right angles
+CLEAN = POINTS[:2]                                           # [B, N, C]
+NOISE = POINTS[2:14].view(6, 2, 4, 8)                        # [steps, B, N, C]
+
+
+class ExactDenoiser:
+    """It knows the direction of the answer, but not its length: that shows the label."""
+
+    latent_shape = (4, 8)
+    num_classes = 3
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, labels):
+        self.calls.append((x, labels))
+        return (2 + labels.view(-1, 1, 1)) * CLEAN.repeat(len(x) // 2, 1, 1)
+
+
+@pytest.mark.parametrize("degrees", [90, 60])
+@pytest.mark.parametrize("steps", [2, 4, 6])
+def test_tilts_decay_and_each_has_new_noise(steps, degrees):
+    _, path = sl.sample(ExactDenoiser(), LABELS, steps, largest_tilt=math.radians(degrees),
+                        noise=NOISE, return_path=True)
+    noisy_points = path[0::2]
+    assert len(noisy_points) == steps
+    for k in range(1, steps):
+        alpha = math.radians((1 - k / steps) * degrees)
+        to_clean = sl.angle_between(noisy_points[k], CLEAN)
+        to_noise = sl.angle_between(noisy_points[k], NOISE[k])
+        assert to_clean.tolist() == pytest.approx([alpha] * 2, abs=1e-4)
+        assert to_noise.tolist() == pytest.approx([math.pi / 2 - alpha] * 2, abs=1e-4)
+
+
+def test_one_step_is_one_call_of_the_denoiser_at_a_random_point():
+    denoiser = ExactDenoiser()
+    z = sl.sample(denoiser, LABELS, steps=1, noise=5 * NOISE)
+    [(point, labels)] = denoiser.calls
+    torch.testing.assert_close(point, NOISE[0])              # spherified
+    assert torch.equal(labels, LABELS)
+    assert torch.equal(z, denoiser(point, labels))
+
+
+def test_the_last_estimate_stays_raw_and_all_noisy_points_are_on_the_sphere(generator):
+    z, path = sl.sample(ExactDenoiser(), LABELS, 4, generator=generator, return_path=True)
+    torch.testing.assert_close(z, torch.stack([2 * CLEAN[0], 4 * CLEAN[1]]))
+    assert len(path) == 8 and path[-1] is z
+    for point in path[0::2]:
+        torch.testing.assert_close(point.square().mean((1, 2)), torch.ones(2))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.5, 3.0])
+def test_guidance_pushes_away_from_the_null_label(scale):
+    denoiser = ExactDenoiser()
+    z = sl.sample(denoiser, LABELS, 1, cfg_scale=scale, noise=NOISE)
+    [(_, labels)] = denoiser.calls                           # both in one call
+    assert labels.tolist() == [0, 2, 3, 3]
+    conditional = torch.stack([2 * CLEAN[0], 4 * CLEAN[1]])
+    unconditional = 5 * CLEAN
+    torch.testing.assert_close(z, unconditional + scale * (conditional - unconditional))
+
+
+def test_guidance_of_one_costs_nothing():
+    denoiser = ExactDenoiser()
+    sl.sample(denoiser, LABELS, 3, cfg_scale=1.0, noise=NOISE)
+    assert [labels.tolist() for _, labels in denoiser.calls] == 3 * [[0, 2]]
+
+
+@pytest.mark.parametrize("count, num_classes, expected", [
+    (6, 3, [0, 1, 2, 0, 1, 2]), (5, 3, [0, 1, 2, 0, 1]),
+    (3, 9, [0, 3, 6])])                                      # not the first three
+def test_labels_are_spread_evenly(count, num_classes, expected):
+    assert sl.balanced_labels(count, num_classes).tolist() == expected
+
+
+def test_an_image_depends_on_seed_label_and_number_alone(small_run, monkeypatch):
+    config, autoencoder, denoiser = sl.load_run(small_run)
+    torch.nn.init.normal_(denoiser.head.weight)              # six updates have not taught it much
+
+    def images(*labels):
+        return sl.sample_images(denoiser, autoencoder, torch.tensor(labels), config, steps=2)
+
+    four, five = images(4, 5)
+    for labels in ((4, 9), (4, 5, 6, 7, 8)):                 # in other company
+        torch.testing.assert_close(images(*labels)[0], four, rtol=0, atol=1e-4)
+    monkeypatch.setattr(sl, "in_batches", lambda numbers: [[number] for number in numbers])
+    torch.testing.assert_close(images(4, 5)[1], five, rtol=0, atol=1e-4)
+    assert (images(5, 4)[1] - four).abs().max() > 0.01       # another number
+    config.seed = 1
+    assert (images(4)[0] - four).abs().max() > 0.01          # another seed
+
+
+def test_a_loaded_run_samples_with_the_averaged_weights(small_run):
+    _, autoencoder, denoiser = sl.load_run(small_run)
+    average = torch.load(small_run / "checkpoint.pt", weights_only=True)["average"]
+    torch.testing.assert_close(denoiser.state_dict(), average, rtol=0, atol=0)
+    assert not denoiser.training and not autoencoder.training
