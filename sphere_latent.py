@@ -2093,8 +2093,8 @@ def sample_command(given):
     if words is not None:
         chosen = [class_number(word, classes) for word in words]
     if not 1 <= count <= 500 or len(chosen) > 500 or count * len(chosen) > 1000:
-        raise UserError(f"--count {count}, {len(chosen)} classes: a sheet has room for 1,000 images "
-                        "and for 500 in a row or column")
+        raise UserError(f"--count {count}, {len(chosen)} classes: a sheet has room for 1,000 "
+                        "images, and for 500 in a row or column")
     labels = torch.tensor(chosen).repeat_interleave(count)
     images = sample_images(denoiser, autoencoder, labels, config, config.steps)
     picture(out, images.split(count), [classes[label] for label in chosen])
