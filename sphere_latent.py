@@ -70,6 +70,33 @@ class UserError(Exception):
     """Something the user can put right. The command line prints it as one line and exits with 2."""
 
 
+# torchrun starts several processes; each trains on its share of every batch.
+
+def process_count():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_number():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def sum_over_processes(x):
+    """Replace a tensor by its sum over all processes. Each of them waits here for the others."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def say(message):
+    """Print once, not once in each process, and above a progress bar."""
+    if process_number() == 0:
+        tqdm.write(message, file=sys.stdout)
+
+
+def progress(iterable, name, **options):
+    return tqdm(iterable, name, disable=process_number() > 0, **options)
+
+
 # --------------------------------------------------------------------------------------------------
 # 1. Configuration
 # --------------------------------------------------------------------------------------------------
@@ -192,33 +219,6 @@ def preset(dataset, method="sphere-latent", autoencoder=""):
     if method == "sphere-encoder":
         settings.update(SPHERE_ENCODER)
     return Config(dataset=dataset, method=method, **settings)
-
-
-# torchrun starts several processes; each trains on its share of every batch.
-
-def process_count():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def process_number():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def sum_over_processes(x):
-    """Replace a tensor by its sum over all processes. Each of them waits here for the others."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def say(message):
-    """Print once, not once in each process, and above a progress bar."""
-    if process_number() == 0:
-        tqdm.write(message, file=sys.stdout)
-
-
-def progress(iterable, name, **options):
-    return tqdm(iterable, name, disable=process_number() > 0, **options)
 
 
 def find_device(name):
@@ -372,6 +372,25 @@ def drawn_images(split, size, seed=0):
 IN_MEMORY = 8e9              # bytes; what is larger stays in its files
 
 
+def open_image(path, size):
+    """An image file -> its centre square, a PIL image: RGB, upright, white where transparent."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                  # of 90 million pixels, as cameras make
+            image = Image.open(path)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError("more than 8 bits per channel")
+        image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode no more than is needed
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        side = min(image.size)
+        return ImageOps.fit(image.convert("RGB"), (side, side))              # crops, does not scale
+    except Exception as error:                               # decoders raise errors of any kind
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+
+
 class ImageFiles(Dataset):
     """Images in files: samples is a list of (path, label).
 
@@ -394,25 +413,6 @@ class ImageFiles(Dataset):
     def __getitem__(self, i):
         path, label = self.samples[i]
         return self.transform(open_image(path, self.size)), label
-
-
-def open_image(path, size):
-    """An image file -> its centre square, a PIL image: RGB, upright, white where transparent."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # of 90 million pixels, as cameras make
-            image = Image.open(path)
-        if image.mode.startswith(("I", "F")):
-            raise ValueError("more than 8 bits per channel")
-        image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode no more than is needed
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        side = min(image.size)
-        return ImageOps.fit(image.convert("RGB"), (side, side))              # crops, does not scale
-    except Exception as error:                               # decoders raise errors of any kind
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
 
 
 def read_images(files):
@@ -478,14 +478,14 @@ def split_by_name(images, held_out):
     """
     left = torch.bincount(images.labels).tolist()
     chosen = set()
-    for path, label in sorted(images.samples, key=lambda sample: zlib.crc32(
-            os.fsencode(os.path.basename(sample[0])))):
+    for path, label in sorted(images.samples, key=lambda pair: zlib.crc32(
+            os.fsencode(os.path.basename(pair[0])))):
         if len(chosen) < len(images) // 10 and left[label] > 1:
             chosen.add(path)
             left[label] -= 1
     if len(chosen) < 2:
         return images
-    part = [sample for sample in images.samples if (sample[0] in chosen) == held_out]
+    part = [pair for pair in images.samples if (pair[0] in chosen) == held_out]
     return ImageFiles(part, images.classes, images.size)
 
 
@@ -653,6 +653,17 @@ class Block(nn.Module):
         return x                                                             # [B, N, D]
 
 
+def sincos_positions(tokens, width):
+    """Sines and cosines of the column and the row of each token of a square grid -> [N, D]."""
+    side = math.isqrt(tokens)
+    frequency = 10_000 ** -(torch.arange(width // 4) / (width // 4))         # [D/4]
+    angle = torch.arange(side)[:, None] * frequency                          # [side, D/4]
+    line = torch.cat([angle.sin(), angle.cos()], dim=-1)                     # [side, D/2]
+    columns = line.repeat(side, 1)                                           # [N, D/2]
+    rows = line.repeat_interleave(side, dim=0)                               # [N, D/2]
+    return torch.cat([columns, rows], dim=-1)
+
+
 class Transformer(nn.Module):
     """Tokens [B, N, in_channels] and labels [B] -> tokens [B, N, out_channels].
 
@@ -699,17 +710,6 @@ class Transformer(nn.Module):
                 x = block(x, c)                                              # [B, N, D]
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)          # [B, 1, D]
         return self.head(self.norm(x) * (1 + scale) + shift)                 # [B, N, out]
-
-
-def sincos_positions(tokens, width):
-    """Sines and cosines of the column and the row of each token of a square grid -> [N, D]."""
-    side = math.isqrt(tokens)
-    frequency = 10_000 ** -(torch.arange(width // 4) / (width // 4))         # [D/4]
-    angle = torch.arange(side)[:, None] * frequency                          # [side, D/4]
-    line = torch.cat([angle.sin(), angle.cos()], dim=-1)                     # [side, D/2]
-    columns = line.repeat(side, 1)                                           # [N, D/2]
-    rows = line.repeat_interleave(side, dim=0)                               # [N, D/2]
-    return torch.cat([columns, rows], dim=-1)
 
 
 class Denoiser(Transformer):
@@ -904,6 +904,23 @@ def load_weights(module, path):
         raise UserError(f"{path} holds other weights: {reason}") from None
 
 
+def rename_decoder_keys(decoder, state_dict, prefix, *unused):
+    """Published names -> those of nn.TransformerEncoderLayer, which joins query, key and value."""
+    names = {"attention.output.dense": "self_attn.out_proj", "intermediate.dense": "linear1",
+             "output.dense": "linear2", "layernorm_before": "norm1", "layernorm_after": "norm2"}
+    for number in range(len(decoder.decoder_layers)):
+        layer = f"{prefix}decoder_layers.{number}."
+        for kind in (".weight", ".bias"):
+            for published, name in names.items():
+                if layer + published + kind in state_dict:
+                    state_dict[layer + name + kind] = state_dict.pop(layer + published + kind)
+            parts = [f"{layer}attention.attention.{part}{kind}"
+                     for part in ("query", "key", "value")]
+            if set(parts) <= set(state_dict):
+                joined = torch.cat([state_dict.pop(part) for part in parts])
+                state_dict[f"{layer}self_attn.in_proj{kind.replace('.', '_')}"] = joined
+
+
 class RAEDecoder(nn.Module):
     """Tokens [B, N, C] -> images [B, 3, H, W]: RAE's decoder, a ViT as in MAE.
 
@@ -935,23 +952,6 @@ class RAEDecoder(nn.Module):
         side, p = math.isqrt(z.shape[1]), self.patch_size
         images = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
         return images * IMAGENET_STD.to(images) + IMAGENET_MEAN.to(images)   # [B, 3, H, W]
-
-
-def rename_decoder_keys(decoder, state_dict, prefix, *unused):
-    """Published names -> those of nn.TransformerEncoderLayer, which joins query, key and value."""
-    names = {"attention.output.dense": "self_attn.out_proj", "intermediate.dense": "linear1",
-             "output.dense": "linear2", "layernorm_before": "norm1", "layernorm_after": "norm2"}
-    for number in range(len(decoder.decoder_layers)):
-        layer = f"{prefix}decoder_layers.{number}."
-        for kind in (".weight", ".bias"):
-            for published, name in names.items():
-                if layer + published + kind in state_dict:
-                    state_dict[layer + name + kind] = state_dict.pop(layer + published + kind)
-            parts = [f"{layer}attention.attention.{part}{kind}"
-                     for part in ("query", "key", "value")]
-            if set(parts) <= set(state_dict):
-                joined = torch.cat([state_dict.pop(part) for part in parts])
-                state_dict[f"{layer}self_attn.in_proj{kind.replace('.', '_')}"] = joined
 
 
 class RAE(nn.Module):

@@ -1,6 +1,5 @@
 """Training: a run that is stopped, wherever it may be, goes on as if nothing had happened."""
 import csv
-import functools
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ from conftest import ROOT, SMALL
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
+def no_pictures(small_run, monkeypatch):
     """Here only weights matter. Pictures and distances would take longer than the training."""
     for name in ("sample_figure", "reconstruction_figure", "loss_figure"):
         monkeypatch.setattr(sl, name, lambda *arguments: None)
@@ -33,30 +32,13 @@ def resume(folder, *flags):
     return sl.main(["train", "--resume", str(folder), "--device", "cpu", *flags])
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """A function: flags -> the folder of a run with these flags that was never stopped."""
-    @functools.cache
-    def run(*flags):
-        folder = tmp_path_factory.mktemp("unbroken") / "run"
-        assert train(folder, *flags) == 0
-        return folder
-    return run
-
-
 def saved(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
 def assert_same_weights(a, b):
-    """Bit for bit."""
     for part in ("model", "average", "autoencoder"):
-        torch.testing.assert_close(saved(a)[part], saved(b)[part], rtol=0, atol=0)
-
-
-def read_log(folder):
-    with open(folder / "log.csv") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        torch.testing.assert_close(saved(a)[part], saved(b)[part], rtol=0, atol=0)   # bit for bit
 
 
 def at_update(number, action, monkeypatch):
@@ -70,84 +52,69 @@ def at_update(number, action, monkeypatch):
     monkeypatch.setattr(sl, "sphere_losses", losses)
 
 
-class Killed(BaseException):
-    """As kill -9: nothing in the program can react to it."""
-
-
-def kill(losses):
-    raise Killed
+def die(losses):
+    raise KeyboardInterrupt                                  # at once: nothing more is saved
 
 
 def ctrl_c(losses):
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)                      # a request: this update is saved
     return losses
 
 
-@pytest.mark.parametrize("flips, number, action, saved_step", [
-    ("--flips", 1, kill, None),                              # the autoencoder alone is finished
-    ("--no-flips", 5, kill, 3),                              # after the checkpoint of update 3
-    ("--no-flips", 1, ctrl_c, 1),
-    ("--flips", 4, ctrl_c, 4),
-])
-def test_a_resumed_run_equals_the_unbroken_one(unbroken, tmp_path, monkeypatch, capsys,
-                                               flips, number, action, saved_step):
-    folder = tmp_path / "run"
+@pytest.mark.parametrize("number, action, step", [(1, die, 0), (5, die, 3), (4, ctrl_c, 4)],
+                         ids=["after the autoencoder", "after a checkpoint", "Ctrl-C"])
+def test_a_resumed_run_equals_the_unbroken_one(small_run, tmp_path, monkeypatch, number, action,
+                                               step):
     with monkeypatch.context() as patch:
         at_update(number, action, patch)
-        try:
-            assert train(folder, flips) == 130
-            assert capsys.readouterr().err.endswith(f"train --resume {folder}\n")
-        except Killed:
-            pass
-    if saved_step is None:
-        assert not (folder / "checkpoint.pt").exists()
-    else:
-        assert saved(folder)["step"] == saved_step
-    assert resume(folder) == 0
-    assert_same_weights(folder, unbroken(flips))
-    steps = [row["step"] for row in read_log(folder)]
-    assert steps == sorted(set(steps)) and steps[-1] == 6
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(24):
-        Image.new("RGB", (16, 16), (9 * i, 5 * i, 200)).save(folder / f"{i}.png")
-    return folder
+        assert train(tmp_path) == 130
+    assert step == 0 or saved(tmp_path)["step"] == step
+    assert resume(tmp_path) == 0
+    assert_same_weights(tmp_path, small_run)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("file, flags", [
-    ("config.json", ["--autoencoder-steps", "500"]),         # it exists: the autoencoder is trained
-    ("checkpoint.pt", ["--train-steps", "60", "--save-every", "30"]),        # so is the denoiser
+    ("config.json", ["--autoencoder-steps", "500"]),         # it is there: the autoencoder trains
+    ("checkpoint.pt", ["--train-steps", "60", "--save-every", "30"]),        # the denoiser does
 ])
-def test_a_signal_from_outside(whole, unbroken, photos, tmp_path, number, file, flags):
+def test_a_signal_from_outside(whole, tmp_path, number, file, flags):
     """Ctrl-C in a terminal, SIGTERM from a cluster's scheduler; sent when `file` appears."""
-    flags = [*SMALL, "--data-dir", str(photos), *flags]
-    command = [sys.executable, ROOT / "sphere_latent.py", "train", *flags, "--out", tmp_path]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / file).exists():
+    for i in range(24):
+        Image.new("RGB", (16, 16), (9 * i, 5 * i, 200)).save(tmp_path / f"{i}.png")
+    flags, folder = [*SMALL, "--data-dir", tmp_path, *flags], tmp_path / "run"
+    command = [sys.executable, ROOT / "sphere_latent.py", "train", *flags, "--out", folder]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while not (folder / file).exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
-    error = process.communicate()[1]
-    assert process.returncode == 130
-    assert "Traceback" not in error and "train --resume" in error.splitlines()[-1]
+    error = process.communicate()[1].decode()
+    assert process.returncode == 130 and "Traceback" not in error
+    assert "train --resume" in error.splitlines()[-1]
     if file == "checkpoint.pt":
-        assert 30 < saved(tmp_path)["step"] < 60
-        assert resume(tmp_path) == 0
-        assert_same_weights(tmp_path, unbroken(*flags))
+        assert 30 < saved(folder)["step"] < 60
+        assert resume(folder) == train(tmp_path / "unbroken", *map(str, flags)) == 0
+        assert_same_weights(folder, tmp_path / "unbroken")
 
 
-def test_a_finished_run_can_be_trained_longer(unbroken, tmp_path, monkeypatch):
-    folder = shutil.copytree(unbroken(), tmp_path / "run")
+def test_a_finished_run_can_be_trained_longer(small_run, tmp_path, monkeypatch):
+    folder = shutil.copytree(small_run, tmp_path / "run")
     monkeypatch.setattr(sl, "fit_tiny_rae", lambda *arguments: pytest.fail("trained once more"))
     assert resume(folder, "--train-steps", "9") == 0
-    before, after = saved(unbroken()), saved(folder)
+    before, after = saved(small_run), saved(folder)
     assert after["step"] == 9
-    torch.testing.assert_close(after["autoencoder"], before["autoencoder"], rtol=0, atol=0)
     assert not torch.equal(after["model"]["head.weight"], before["model"]["head.weight"])
+    torch.testing.assert_close(after["autoencoder"], before["autoencoder"], rtol=0, atol=0)
+
+
+def test_the_log_goes_on_where_it_ended(small_run, tmp_path):
+    folder = shutil.copytree(small_run, tmp_path / "run")
+    assert resume(folder, "--train-steps", "7") == 0
+    with open(folder / "log.csv") as file:
+        rows = [{name: float(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    assert [row["step"] for row in rows] == [6, 7]
+    assert rows == saved(folder)["log"]
 
 
 @pytest.mark.parametrize("step, share", [(0, 1 / 50), (24, 0.5), (49, 1), (500, 1), (750, 0.5),
@@ -156,8 +123,8 @@ def test_the_learning_rate_warms_up_holds_and_decays(step, share):
     assert sl.learning_rate_at(step, 1000, 3e-3) == pytest.approx(3e-3 * share)
 
 
-def test_the_loop_uses_that_learning_rate(unbroken):
-    rate = saved(unbroken())["optimizer"]["param_groups"][0]["lr"]
+def test_the_loop_uses_that_learning_rate(small_run):
+    rate = saved(small_run)["optimizer"]["param_groups"][0]["lr"]
     assert rate == pytest.approx(sl.learning_rate_at(5, 6, 3e-3))
 
 
@@ -166,13 +133,6 @@ def test_the_average_is_an_exponential_moving_average():
     expected = 0.9 * average.weight + 0.1 * model.weight
     sl.update_average(average, model, decay=0.9)
     torch.testing.assert_close(average.weight, expected)
-
-
-def test_the_decay_of_the_average_grows_up_to_its_setting(tmp_path, monkeypatch):
-    decays = []
-    monkeypatch.setattr(sl, "update_average", lambda average, model, decay: decays.append(decay))
-    assert train(tmp_path / "run", "--ema-decay", "0.3") == 0
-    assert decays == pytest.approx([2 / 11, 3 / 12, 0.3, 0.3, 0.3, 0.3])
 
 
 def test_a_batch_in_parts_gives_the_same_gradients(generator):
@@ -193,33 +153,27 @@ def test_a_batch_in_parts_gives_the_same_gradients(generator):
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
 
 
-def spoil_loss(losses):
-    return {name: loss * math.nan for name, loss in losses.items()}
-
-
-def spoil_gradient(losses):
-    """The loss keeps its value. Its gradient is not a number: infinity times zero."""
-    return {**losses, "total": losses["total"] + (0 * losses["total"]).sqrt()}
-
-
-@pytest.mark.parametrize("spoil", [spoil_loss, spoil_gradient])
+@pytest.mark.parametrize("spoil", [
+    lambda losses: {name: loss * math.nan for name, loss in losses.items()},
+    # a gradient of infinity times zero; the loss keeps its value
+    lambda losses: {**losses, "total": losses["total"] + (0 * losses["total"]).sqrt()},
+], ids=["loss", "gradient"])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, spoil):
     at_update(6, spoil, monkeypatch)
-    assert train(tmp_path / "run") == 2
+    assert train(tmp_path) == 2
     assert "not finite" in capsys.readouterr().err.splitlines()[-1]
-    state = saved(tmp_path / "run")
+    state = saved(tmp_path)
     assert state["step"] == 3                                # the last good one
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
 @pytest.mark.parametrize("error", [OSError("no space"), RuntimeError("file write failed")])
 def test_a_failing_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
-    path = tmp_path / "checkpoint.pt"
-    sl.save_checkpoint(path, {"step": 3})
-
     def fail_halfway(state, target):
         target.write_bytes(b"half")
         raise error
+    path = tmp_path / "checkpoint.pt"
+    sl.save_checkpoint(path, {"step": 3})
     monkeypatch.setattr(torch, "save", fail_halfway)
     with pytest.raises(sl.UserError, match="kept"):
         sl.save_checkpoint(path, {"step": 6})
@@ -233,21 +187,12 @@ class Attack:
 
 def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"step": Attack()}, tmp_path / "checkpoint.pt")
+    torch.save({"step": Attack()}, "checkpoint.pt")
     with pytest.raises(sl.UserError, match="cannot be read"):
         sl.load_run(tmp_path)
     assert not (tmp_path / "made").exists()
-    torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+    torch.load("checkpoint.pt", weights_only=False)
     assert (tmp_path / "made").exists()                      # the attack is a real one
-
-
-def test_the_log_has_a_row_for_every_save(unbroken):
-    rows = read_log(unbroken())
-    assert [row["step"] for row in rows] == [3, 6]
-    last = rows[-1]
-    total = last["reconstruction"] + last["consistency"] + 0.1 * last["latent_consistency"]
-    assert last["total"] == pytest.approx(total, rel=1e-5)
-    assert rows == saved(unbroken())["log"]
 
 
 def test_latents_of_images_and_mirror_images_are_in_a_file(small_run, tmp_path, monkeypatch):
@@ -258,16 +203,16 @@ def test_latents_of_images_and_mirror_images_are_in_a_file(small_run, tmp_path, 
     expected = autoencoder.encode(torch.cat([pixels, pixels.flip(-1)]))
     torch.testing.assert_close(latents.float(), expected, rtol=1e-3, atol=1e-3)          # float16
     assert torch.equal(labels, images.labels.repeat(2))
-
     monkeypatch.setattr(autoencoder, "encode", lambda x: pytest.fail("the file was not used"))
     again, _ = sl.encode_images(autoencoder, images, config, tmp_path).tensors
     assert torch.equal(latents, again)
 
 
-def test_without_room_for_latents_every_update_encodes(unbroken, tmp_path, monkeypatch, capsys):
+def test_without_room_for_latents_every_update_encodes(tmp_path, monkeypatch, capsys):
+    assert train(tmp_path / "file", "--no-flips") == 0
     full = shutil.disk_usage(tmp_path)._replace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
-    assert train(tmp_path / "run", "--no-flips") == 0
+    assert train(tmp_path / "none", "--no-flips") == 0
     assert "no room" in capsys.readouterr().out
-    for row, expected in zip(read_log(tmp_path / "run"), read_log(unbroken("--no-flips"))):
-        assert row["total"] == pytest.approx(expected["total"], rel=1e-3)    # not rounded to float16
+    expected = [row["total"] for row in saved(tmp_path / "file")["log"]]     # of float16 latents
+    assert [row["total"] for row in saved(tmp_path / "none")["log"]] == pytest.approx(expected, 1e-3)

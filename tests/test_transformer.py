@@ -60,10 +60,3 @@ def test_checkpointed_blocks_run_twice_and_give_the_same_output_and_gradient():
         results.append([output, *[p.grad for p in model.parameters() if p.requires_grad]])
     assert calls == [False, True, True]
     torch.testing.assert_close(*results)
-
-
-def test_positions_are_sines_and_cosines_of_column_then_row():
-    column, row = 2, 1                                       # of a grid of 3 x 3; frequencies 1, 1/100
-    angle = torch.tensor([[column, column / 100], [row, row / 100]])
-    expected = torch.cat([angle.sin(), angle.cos()], dim=1).flatten()
-    torch.testing.assert_close(sl.sincos_positions(tokens=9, width=8)[3 * row + column], expected)

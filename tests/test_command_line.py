@@ -1,0 +1,278 @@
+"""The command line. What a person can put right ends in one line and exit code 2."""
+import dataclasses
+import fcntl
+import io
+import json
+import pathlib
+import runpy
+import shlex
+import shutil
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+
+import sphere_latent as sl
+from conftest import ROOT, SMALL
+
+FIELDS = dataclasses.fields(sl.Config)
+NUMBERS = [field for field in FIELDS if field.type in (int, float)]
+OPTIONS = [field for field in FIELDS if field.metadata["options"]]
+
+
+def run(*words):
+    return sl.main([str(word) for word in words])
+
+
+def refused(capsys, *words):
+    """The command must end with exit code 2 and one line -> that line."""
+    assert run(*words) == 2
+    [line] = capsys.readouterr().err.strip().replace("\r", "\n").split("\n")
+    assert line.startswith("sphere_latent.py: ")
+    return line
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The configs with which a training would have begun. Nothing else begins either."""
+    configs = []
+
+    def train(config, **options):
+        configs.append(config)
+        return pathlib.Path()
+    monkeypatch.setattr(sl, "train", train)
+    for name in ("sample_images", "evaluate"):
+        monkeypatch.setattr(sl, name, lambda *arguments: pytest.fail("it began"))
+    return configs
+
+
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda field: field.name)
+def test_numbers_out_of_range_are_refused_by_name(started, capsys, field):
+    flag = "--" + field.name.replace("_", "-")
+    for value in ("nan", "inf", "-inf", "-1e11", "1e13", "9" * 19, "9" * 6000, "ten", "1,5", ""):
+        assert flag in refused(capsys, "train", f"{flag}={value}")
+    assert not started
+
+
+@pytest.mark.parametrize("field", OPTIONS, ids=lambda field: field.name)
+def test_unknown_words_are_refused_with_the_choice(started, capsys, field):
+    flag = "--" + field.name.replace("_", "-")
+    assert field.metadata["options"][-1] in refused(capsys, "train", flag, "other")
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("", "train | sample | evaluate"), ("paint", "paint"), ("train now", "now"),
+    ("train --colour red", "--colour"), ("train --train 5", "--train"), ("train --seed", "--seed"),
+    ("train --flips=yes", "--flips"), ("train --train-steps 0", "--train-steps"),
+    ("train --device potato", "potato"), ("train --device meta", "meta"),
+    ("train --device cuda:99", "cuda:99"), ("train --device hpu", "hpu"),
+    # settings that do not go together
+    ("train --image-size 50", "multiple"), ("train --image-size 15 --patch-size 5", "even"),
+    ("train --patch-size 4 --latent-channels 49", "48"), ("train --autoencoder dinov2-b", "256"),
+    ("train --batch-size 9 --accumulate 2", "multiple"),
+    ("train --noise-distribution uniform-tangent", "--max-angle"),
+    # flags without effect
+    ("train --dataset drawn --data-dir X", "--data-dir"), ("train --weights-dir X", "--weights-dir"),
+    ("train --noise-distribution uniform --noise-std 2", "--noise-std"),
+    ("train --method sphere-encoder --autoencoder-steps 5", "--autoencoder-steps"),
+    ("train --method sphere-encoder --no-spherify", "--spherify"),
+    ("train --method sphere-encoder --compile", "--compile"),
+    ("train --resume RUN --data-dir X", "--data-dir"),
+    ("sample --checkpoint RUN --weights-dir X", "--weights-dir"),
+    ("evaluate --checkpoint RUN --data-dir X", "--data-dir"),
+    ("evaluate --checkpoint RUN --steps 2", "--steps"),
+    # runs
+    ("train --resume RUN --seed 1", "--seed"), ("train --resume RUN --overwrite", "--overwrite"),
+    ("train --resume absent", "absent"), ("sample", "--checkpoint"),
+    ("sample --checkpoint absent", "absent"), ("sample --checkpoint RUN/log.csv", "log.csv"),
+    ("evaluate --checkpoint", "--checkpoint"), ("evaluate --checkpoint RUN absent", "absent"),
+    # samples
+    ("sample --checkpoint RUN --classes weed", "anemone"), ("sample --checkpoint RUN --classes", "--"),
+    ("sample --checkpoint RUN --classes 12", "12"), ("sample --checkpoint RUN --classes 0.5", "0.5"),
+    ("sample --checkpoint RUN --count 0", "--count"), ("sample --checkpoint RUN --count -1", "--count"),
+    ("sample --checkpoint RUN --count 84", "--count"),       # too many for a sheet: 84 x 12
+    ("sample --checkpoint RUN --count 600 --classes poppy", "--count"),      # 76,800 pixels wide
+    ("sample --checkpoint RUN --seed 1111111111111111111", "--seed"),
+    ("sample --checkpoint RUN --steps 0", "--steps"), ("sample --checkpoint RUN --tilt inf", "--tilt"),
+    ("sample --checkpoint RUN --out RUN", "--out"), ("sample --checkpoint RUN --out a.jpeg", "--out"),
+    ("sample --checkpoint RUN --out RUN/checkpoint.pt", "--out"),
+    ("evaluate --checkpoint RUN --eval-samples 1", "--eval-samples"),
+])
+def test_wrong_words(small_run, started, capsys, words, expected):
+    assert expected in refused(capsys, *words.replace("RUN", str(small_run)).split())
+    assert not started
+
+
+def test_help_explains_every_setting(capsys):
+    assert run("train", "--help") == 0
+    text = capsys.readouterr().out
+    for field in FIELDS:
+        assert "--" + field.name.replace("_", "-") in text
+
+
+def test_importing_does_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state = torch.random.get_rng_state()
+    runpy.run_path(str(ROOT / "sphere_latent.py"), run_name="imported")
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+
+def test_the_file_runs_where_stdout_is_no_terminal(monkeypatch):
+    """As a program, and by %run in a notebook, whose stdout has fewer methods."""
+    monkeypatch.setattr(sys, "argv", ["sphere_latent.py", "--help"])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(ROOT / "sphere_latent.py"), run_name="__main__")
+    assert leaving.value.code == 0 and "evaluate" in sys.stdout.getvalue()
+
+
+def test_a_run_from_a_thread_and_without_locks(tmp_path, monkeypatch):
+    """Signal handlers belong to the main thread; network disks may not lock files."""
+    def no_lock(*arguments):
+        raise OSError("no locks available")
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    monkeypatch.setattr(fcntl, "lockf", no_lock)
+    codes = []
+    thread = threading.Thread(
+        target=lambda: codes.append(run("train", *SMALL, "--out", tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_a_tilde_is_the_home_folder_and_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
+    def press_ctrl_c(config, split):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sl, "load_images", press_ctrl_c)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("train", *SMALL, "--out=~/runs/a") == 130
+    assert json.loads((tmp_path / "runs/a/config.json").read_text())["image_size"] == 16
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoint.pt"])
+def test_nothing_is_overwritten_unasked(tmp_path, capsys, name):
+    (tmp_path / name).write_text("of another program")
+    assert "--overwrite" in refused(capsys, "train", *SMALL, "--out", tmp_path)
+    assert (tmp_path / name).read_text() == "of another program"
+
+
+def test_overwrite_replaces_a_run_and_leaves_other_files(tmp_path):
+    (tmp_path / "checkpoint.pt").write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run("train", *SMALL, "--overwrite", "--out", tmp_path) == 0
+    assert sl.load_run(tmp_path)[0].image_size == 16
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_goes_on_by_the_name_of_its_checkpoint(small_run, started):
+    assert run("train", "--resume", small_run / "checkpoint.pt", "--train-steps", 9) == 0
+    assert (started[0].out, started[0].train_steps) == (str(small_run), 9)
+
+
+def test_half_a_run_is_not_called_damaged(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert "train --resume" in refused(capsys, "sample", "--checkpoint", tmp_path)
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def changed(change):
+    def damage(path):
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+    return damage
+
+
+@pytest.mark.parametrize("command", ["sample", "train"])
+@pytest.mark.parametrize("damage", [
+    cut_in_half,
+    lambda path: path.write_bytes(b""),
+    lambda path: torch.save([1, 2], path),
+    changed(lambda state: state.pop("average")),
+    changed(lambda state: state.update(classes=["a"])),
+    changed(lambda state: state["config"].update(colour="red")),             # a newer program's
+    changed(lambda state: state["config"].update(image_size="16")),
+    changed(lambda state: state["average"].update(more=torch.zeros(1))),
+], ids=["half", "empty", "list", "no average", "classes", "new setting", "word", "weights"])
+def test_a_strange_checkpoint_is_refused(small_run, tmp_path, capsys, command, damage):
+    folder = shutil.copytree(small_run, tmp_path / "run")
+    damage(folder / "checkpoint.pt")
+    assert run(command, "--checkpoint" if command == "sample" else "--resume", folder) == 2
+    line = capsys.readouterr().err.strip().replace("\r", "\n").split("\n")[-1]
+    assert line.startswith("sphere_latent.py: ") and str(folder) in line
+
+
+def test_weights_that_are_not_numbers_give_no_picture(small_run, tmp_path, capsys):
+    folder = shutil.copytree(small_run, tmp_path / "run")
+    changed(lambda state: state["average"]["head.bias"].fill_(torch.nan))(folder / "checkpoint.pt")
+    assert "not finite" in refused(capsys, "sample", "--checkpoint", folder)
+    assert not (folder / "sampled.png").exists()
+
+
+def test_classes_by_name_and_by_number(small_run, tmp_path):
+    pictures = []
+    for classes in (["wild rose", "poppy", 3], [11, 9, "clematis"]):
+        words = ["--classes", *classes, "--count", 2, "--out", tmp_path / "grid.PNG"]
+        assert run("sample", "--checkpoint", small_run, *words) == 0
+        pictures.append((tmp_path / "grid.PNG").read_bytes())
+    assert pictures[0] == pictures[1]
+    assert Image.open(tmp_path / "grid.PNG").size[0] > 2 * 128
+
+
+def test_where_classes_are_called_by_numbers_a_number_is_a_name():
+    assert sl.class_number("2", ["1", "10", "2"]) == 2
+    with pytest.raises(sl.UserError, match="choose from 1, 10, 2"):
+        sl.class_number("0", ["1", "10", "2"])
+
+
+def test_names_in_any_script_are_drawn_without_a_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sl.picture(tmp_path / "a.png", [torch.zeros(1, 3, 8, 8)], ["罂粟 $x^"], ["мак"])
+
+
+def test_one_table_for_several_runs(small_run, tmp_path, capsys):
+    other = shutil.copytree(small_run, tmp_path / "other")
+    assert run("evaluate", "--checkpoint", small_run, other) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [line[:2] for line in lines if line[0] in (str(small_run), str(other))]
+    assert rows == [[str(path), kind] for path in (small_run, other)
+                    for kind in ("rebuilt", "1", "2", "4", "6")]
+
+
+PAPER = ["model.safetensors", "model.pt", "stat.pt", sl.INCEPTION]           # its published files
+
+
+@pytest.mark.parametrize("flags, missing, data_dir", [
+    ("--dataset flowers --device cpu", ["flowers-102", *PAPER], ""),
+    ("--dataset cifar10", ["cifar-10-python.tar.gz"], ""),
+    ("--data-dir 'my photos' --autoencoder dinov2-b --image-size 256", PAPER, "my photos"),
+])
+def test_all_that_is_missing_is_named_at_once_and_a_command_that_works(
+        tmp_path, monkeypatch, capsys, flags, missing, data_dir):
+    def no_network(*arguments, **options):
+        raise OSError("no network")
+    for name in ("urllib.request.urlopen", "huggingface_hub.hf_hub_download",
+                 "torch.hub.download_url_to_file"):
+        monkeypatch.setattr(name, no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my photos").mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"my photos/{i}.png")
+    assert run("train", *shlex.split(flags)) == 2
+    out, error = capsys.readouterr()
+    assert all(f"{name} " in error for name in missing) and "Traceback" not in error
+    assert ("No GPU found" in out.split("\n")[0]) == (missing[-1] == sl.INCEPTION)
+    configs = []
+    monkeypatch.setattr(sl, "train", lambda config, **_: configs.append(config) or pathlib.Path())
+    assert run(*shlex.split(error.split("python sphere_latent.py")[-1])) == 0
+    assert configs[0].autoencoder == "tiny" and configs[0].data_dir == data_dir
