@@ -147,7 +147,7 @@ class Config:
     batch_size: int = setting(32, "images in an update, over all processes", high=10**6)
     accumulate: int = setting(1, "parts that a batch is split into, to save memory")
     checkpoint_blocks: bool = setting(False, "compute each block twice, to save memory")
-    learning_rate: float = setting(3e-3, "largest learning rate of AdamW", high=100)
+    learning_rate: float = setting(5e-3, "largest learning rate of AdamW", high=100)
     ema_decay: float = setting(0.995, "decay of the moving average of the weights", high=1)
     save_every: int = setting(500, "updates between checkpoints, with sample pictures")
     # sampling and evaluation

@@ -19,8 +19,8 @@ import sphere_latent as sl
 from conftest import ROOT, SMALL
 
 FIELDS = dataclasses.fields(sl.Config)
-NUMBERS = [field for field in FIELDS if field.type in (int, float)]
-OPTIONS = [field for field in FIELDS if field.metadata["options"]]
+WITH_RULES = [f for f in FIELDS if f.type in (int, float) or f.metadata["options"]]
+FLAGS = {field.name: "--" + field.name.replace("_", "-") for field in FIELDS}
 
 
 def run(*words):
@@ -28,89 +28,72 @@ def run(*words):
 
 
 def refused(capsys, *words):
-    """The command must end with exit code 2 and one line -> that line."""
+    """The command must end with exit code 2 and one line, but for progress bars -> that line."""
     assert run(*words) == 2
-    [line] = capsys.readouterr().err.strip().replace("\r", "\n").split("\n")
-    assert line.startswith("sphere_latent.py: ")
+    error = capsys.readouterr().err
+    *bars, line = error.strip().replace("\r", "\n").split("\n")
+    assert line.startswith("sphere_latent.py: ") and all("it/s" in bar for bar in bars if bar)
     return line
 
 
 @pytest.fixture
-def started(monkeypatch):
-    """The configs with which a training would have begun. Nothing else begins either."""
+def trained(monkeypatch):
+    """The configs with which a training would have begun."""
     configs = []
-
-    def train(config, **options):
-        configs.append(config)
-        return pathlib.Path()
-    monkeypatch.setattr(sl, "train", train)
-    for name in ("sample_images", "evaluate"):
-        monkeypatch.setattr(sl, name, lambda *arguments: pytest.fail("it began"))
+    monkeypatch.setattr(sl, "train", lambda config, **_: configs.append(config) or pathlib.Path())
     return configs
 
 
-@pytest.mark.parametrize("field", NUMBERS, ids=lambda field: field.name)
-def test_numbers_out_of_range_are_refused_by_name(started, capsys, field):
-    flag = "--" + field.name.replace("_", "-")
+@pytest.mark.parametrize("field", WITH_RULES, ids=lambda field: field.name)
+def test_values_that_no_setting_takes(trained, capsys, field):
     for value in ("nan", "inf", "-inf", "-1e11", "1e13", "9" * 19, "9" * 6000, "ten", "1,5", ""):
-        assert flag in refused(capsys, "train", f"{flag}={value}")
-    assert not started
+        assert FLAGS[field.name] in refused(capsys, "train", f"{FLAGS[field.name]}={value}")
+    assert not trained
 
 
-@pytest.mark.parametrize("field", OPTIONS, ids=lambda field: field.name)
-def test_unknown_words_are_refused_with_the_choice(started, capsys, field):
-    flag = "--" + field.name.replace("_", "-")
-    assert field.metadata["options"][-1] in refused(capsys, "train", flag, "other")
-
-
-@pytest.mark.parametrize("words, expected", [
-    ("", "train | sample | evaluate"), ("paint", "paint"), ("train now", "now"),
-    ("train --colour red", "--colour"), ("train --train 5", "--train"), ("train --seed", "--seed"),
-    ("train --flips=yes", "--flips"), ("train --train-steps 0", "--train-steps"),
-    ("train --device potato", "potato"), ("train --device meta", "meta"),
-    ("train --device cuda:99", "cuda:99"), ("train --device hpu", "hpu"),
+@pytest.mark.parametrize("words", [                          # the last one is at fault
+    "paint", "train now", "train --train", "train --seed", "train --flips=yes", "train --no-seed",
+    "train --train-steps=0", "train --train-steps=1.5", "train --learning-rate=-1",
     # settings that do not go together
-    ("train --image-size 50", "multiple"), ("train --image-size 15 --patch-size 5", "even"),
-    ("train --patch-size 4 --latent-channels 49", "48"), ("train --autoencoder dinov2-b", "256"),
-    ("train --batch-size 9 --accumulate 2", "multiple"),
-    ("train --noise-distribution uniform-tangent", "--max-angle"),
+    "train --image-size=50", "train --patch-size=5 --image-size=15", "train --autoencoder dinov2-b",
+    "train --patch-size 4 --latent-channels=49", "train --batch-size 9 --accumulate=2",
+    "train --noise-distribution uniform-tangent",
     # flags without effect
-    ("train --dataset drawn --data-dir X", "--data-dir"), ("train --weights-dir X", "--weights-dir"),
-    ("train --noise-distribution uniform --noise-std 2", "--noise-std"),
-    ("train --method sphere-encoder --autoencoder-steps 5", "--autoencoder-steps"),
-    ("train --method sphere-encoder --no-spherify", "--spherify"),
-    ("train --method sphere-encoder --compile", "--compile"),
-    ("train --resume RUN --data-dir X", "--data-dir"),
-    ("sample --checkpoint RUN --weights-dir X", "--weights-dir"),
-    ("evaluate --checkpoint RUN --data-dir X", "--data-dir"),
-    ("evaluate --checkpoint RUN --steps 2", "--steps"),
-    # runs
-    ("train --resume RUN --seed 1", "--seed"), ("train --resume RUN --overwrite", "--overwrite"),
-    ("train --resume absent", "absent"), ("sample", "--checkpoint"),
-    ("sample --checkpoint absent", "absent"), ("sample --checkpoint RUN/log.csv", "log.csv"),
-    ("evaluate --checkpoint", "--checkpoint"), ("evaluate --checkpoint RUN absent", "absent"),
+    "train --dataset drawn --data-dir=X", "train --weights-dir=X", "train --resume RUN --data-dir=X",
+    "train --noise-distribution uniform --noise-std=2", "evaluate --checkpoint RUN --data-dir=X",
+    "train --method sphere-encoder --autoencoder-steps=5", "evaluate --checkpoint RUN --steps=2",
+    "train --method sphere-encoder --compile", "sample --checkpoint RUN --weights-dir=X",
+    # runs and devices
+    "train --resume absent", "train --resume RUN --seed=1", "train --resume RUN --overwrite",
+    "sample --checkpoint absent", "sample --checkpoint RUN/log.csv", "sample --checkpoint",
+    "evaluate --checkpoint", "evaluate --checkpoint RUN absent",
+    "sample --checkpoint RUN --device potato", "sample --checkpoint RUN --device meta",
+    "sample --checkpoint RUN --device cuda:99", "sample --checkpoint RUN --device hpu",
     # samples
-    ("sample --checkpoint RUN --classes weed", "anemone"), ("sample --checkpoint RUN --classes", "--"),
-    ("sample --checkpoint RUN --classes 12", "12"), ("sample --checkpoint RUN --classes 0.5", "0.5"),
-    ("sample --checkpoint RUN --count 0", "--count"), ("sample --checkpoint RUN --count -1", "--count"),
-    ("sample --checkpoint RUN --count 84", "--count"),       # too many for a sheet: 84 x 12
-    ("sample --checkpoint RUN --count 600 --classes poppy", "--count"),      # 76,800 pixels wide
-    ("sample --checkpoint RUN --seed 1111111111111111111", "--seed"),
-    ("sample --checkpoint RUN --steps 0", "--steps"), ("sample --checkpoint RUN --tilt inf", "--tilt"),
-    ("sample --checkpoint RUN --out RUN", "--out"), ("sample --checkpoint RUN --out a.jpeg", "--out"),
-    ("sample --checkpoint RUN --out RUN/checkpoint.pt", "--out"),
-    ("evaluate --checkpoint RUN --eval-samples 1", "--eval-samples"),
+    "sample --checkpoint RUN --classes weed", "sample --checkpoint RUN --classes 12",
+    "sample --checkpoint RUN --classes 0.5", "sample --checkpoint RUN --classes",
+    "sample --checkpoint RUN --count=0", "sample --checkpoint RUN --count=-1",
+    "sample --checkpoint RUN --count=84", "sample --checkpoint RUN --classes poppy --count=600",
+    "sample --checkpoint RUN --steps=0", "sample --checkpoint RUN --seed=1111111111111111111",
+    "sample --checkpoint RUN --tilt=inf", "sample --checkpoint RUN --out=RUN",
+    "sample --checkpoint RUN --out=x.jpeg", "sample --checkpoint RUN --out=RUN/checkpoint.pt",
+    "evaluate --checkpoint RUN --eval-samples=1",
 ])
-def test_wrong_words(small_run, started, capsys, words, expected):
-    assert expected in refused(capsys, *words.replace("RUN", str(small_run)).split())
-    assert not started
+def test_words_that_make_no_sense(small_run, trained, monkeypatch, capsys, words):
+    for name in ("sample_images", "evaluate"):
+        monkeypatch.setattr(sl, name, lambda *arguments: pytest.fail("it began"))
+    words = words.replace("RUN", str(small_run)).split()
+    assert words[-1].split("=")[0] in refused(capsys, *words)
+    assert not trained
 
 
-def test_help_explains_every_setting(capsys):
-    assert run("train", "--help") == 0
-    text = capsys.readouterr().out
-    for field in FIELDS:
-        assert "--" + field.name.replace("_", "-") in text
+def test_the_file_runs_where_stdout_is_no_terminal(monkeypatch):
+    """As in a notebook by %run. --help names all settings."""
+    monkeypatch.setattr(sys, "argv", ["sphere_latent.py", "train", "--help"])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "sphere_latent.py"), run_name="__main__")
+    assert all(flag in sys.stdout.getvalue() for flag in FLAGS.values())
 
 
 def test_importing_does_nothing(tmp_path, monkeypatch, capsys):
@@ -121,30 +104,18 @@ def test_importing_does_nothing(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
-def test_the_file_runs_where_stdout_is_no_terminal(monkeypatch):
-    """As a program, and by %run in a notebook, whose stdout has fewer methods."""
-    monkeypatch.setattr(sys, "argv", ["sphere_latent.py", "--help"])
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    with pytest.raises(SystemExit) as leaving:
-        runpy.run_path(str(ROOT / "sphere_latent.py"), run_name="__main__")
-    assert leaving.value.code == 0 and "evaluate" in sys.stdout.getvalue()
-
-
-def test_a_run_from_a_thread_and_without_locks(tmp_path, monkeypatch):
-    """Signal handlers belong to the main thread; network disks may not lock files."""
-    def no_lock(*arguments):
-        raise OSError("no locks available")
-    monkeypatch.setattr(fcntl, "flock", no_lock)
-    monkeypatch.setattr(fcntl, "lockf", no_lock)
-    codes = []
-    thread = threading.Thread(
-        target=lambda: codes.append(run("train", *SMALL, "--out", tmp_path / "run")))
+def test_training_works_from_a_thread_and_without_locks(tmp_path, monkeypatch):
+    """Signal handlers belong to the main thread; a network disk may not lock files."""
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, name, lambda *arguments: 1 / 0)
+    codes, words = [], ["train", *SMALL, "--out", tmp_path]
+    thread = threading.Thread(target=lambda: codes.append(run(*words)))
     thread.start()
     thread.join()
     assert codes == [0]
 
 
-def test_a_tilde_is_the_home_folder_and_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_tilde_is_the_home_folder_and_ctrl_c_ends_in_one_line(tmp_path, monkeypatch, capsys):
     def press_ctrl_c(config, split):
         raise KeyboardInterrupt
     monkeypatch.setattr(sl, "load_images", press_ctrl_c)
@@ -165,22 +136,17 @@ def test_overwrite_replaces_a_run_and_leaves_other_files(tmp_path):
     (tmp_path / "checkpoint.pt").write_text("old")
     (tmp_path / "notes.txt").write_text("mine")
     assert run("train", *SMALL, "--overwrite", "--out", tmp_path) == 0
-    assert sl.load_run(tmp_path)[0].image_size == 16
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert sl.load_run(tmp_path) and (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_run_goes_on_by_the_name_of_its_checkpoint(small_run, started):
+def test_a_run_goes_on_by_the_name_of_its_checkpoint(small_run, trained):
     assert run("train", "--resume", small_run / "checkpoint.pt", "--train-steps", 9) == 0
-    assert (started[0].out, started[0].train_steps) == (str(small_run), 9)
+    assert (trained[0].out, trained[0].train_steps) == (str(small_run), 9)
 
 
 def test_half_a_run_is_not_called_damaged(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     assert "train --resume" in refused(capsys, "sample", "--checkpoint", tmp_path)
-
-
-def cut_in_half(path):
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
 def changed(change):
@@ -191,23 +157,21 @@ def changed(change):
     return damage
 
 
-@pytest.mark.parametrize("command", ["sample", "train"])
+@pytest.mark.parametrize("command", ["sample --checkpoint", "train --resume"])
 @pytest.mark.parametrize("damage", [
-    cut_in_half,
+    lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
     lambda path: path.write_bytes(b""),
     lambda path: torch.save([1, 2], path),
     changed(lambda state: state.pop("average")),
     changed(lambda state: state.update(classes=["a"])),
-    changed(lambda state: state["config"].update(colour="red")),             # a newer program's
+    changed(lambda state: state["config"].update(colour="red")),             # of a newer program
     changed(lambda state: state["config"].update(image_size="16")),
     changed(lambda state: state["average"].update(more=torch.zeros(1))),
 ], ids=["half", "empty", "list", "no average", "classes", "new setting", "word", "weights"])
-def test_a_strange_checkpoint_is_refused(small_run, tmp_path, capsys, command, damage):
+def test_a_strange_checkpoint_is_named(small_run, tmp_path, capsys, command, damage):
     folder = shutil.copytree(small_run, tmp_path / "run")
     damage(folder / "checkpoint.pt")
-    assert run(command, "--checkpoint" if command == "sample" else "--resume", folder) == 2
-    line = capsys.readouterr().err.strip().replace("\r", "\n").split("\n")[-1]
-    assert line.startswith("sphere_latent.py: ") and str(folder) in line
+    assert str(folder) in refused(capsys, *command.split(), folder)
 
 
 def test_weights_that_are_not_numbers_give_no_picture(small_run, tmp_path, capsys):
@@ -224,7 +188,6 @@ def test_classes_by_name_and_by_number(small_run, tmp_path):
         assert run("sample", "--checkpoint", small_run, *words) == 0
         pictures.append((tmp_path / "grid.PNG").read_bytes())
     assert pictures[0] == pictures[1]
-    assert Image.open(tmp_path / "grid.PNG").size[0] > 2 * 128
 
 
 def test_where_classes_are_called_by_numbers_a_number_is_a_name():
@@ -248,16 +211,17 @@ def test_one_table_for_several_runs(small_run, tmp_path, capsys):
                     for kind in ("rebuilt", "1", "2", "4", "6")]
 
 
-PAPER = ["model.safetensors", "model.pt", "stat.pt", sl.INCEPTION]           # its published files
+PUBLISHED = ["model.safetensors", "model.pt", "stat.pt", sl.INCEPTION]
 
 
 @pytest.mark.parametrize("flags, missing, data_dir", [
-    ("--dataset flowers --device cpu", ["flowers-102", *PAPER], ""),
+    ("--dataset flowers --device cpu", ["flowers-102", *PUBLISHED], ""),
     ("--dataset cifar10", ["cifar-10-python.tar.gz"], ""),
-    ("--data-dir 'my photos' --autoencoder dinov2-b --image-size 256", PAPER, "my photos"),
+    ("--data-dir 'my photos' --autoencoder dinov2-b --image-size 256 --device cpu", PUBLISHED,
+     "my photos"),
 ])
-def test_all_that_is_missing_is_named_at_once_and_a_command_that_works(
-        tmp_path, monkeypatch, capsys, flags, missing, data_dir):
+def test_all_that_is_missing_is_named_at_once_with_a_command_that_works(
+        tmp_path, monkeypatch, capsys, request, flags, missing, data_dir):
     def no_network(*arguments, **options):
         raise OSError("no network")
     for name in ("urllib.request.urlopen", "huggingface_hub.hf_hub_download",
@@ -271,8 +235,7 @@ def test_all_that_is_missing_is_named_at_once_and_a_command_that_works(
     assert run("train", *shlex.split(flags)) == 2
     out, error = capsys.readouterr()
     assert all(f"{name} " in error for name in missing) and "Traceback" not in error
-    assert ("No GPU found" in out.split("\n")[0]) == (missing[-1] == sl.INCEPTION)
-    configs = []
-    monkeypatch.setattr(sl, "train", lambda config, **_: configs.append(config) or pathlib.Path())
+    assert ("No GPU found" in out.split("\n")[0]) == ("model.pt" in missing)
+    trained = request.getfixturevalue("trained")             # from here on nothing is trained
     assert run(*shlex.split(error.split("python sphere_latent.py")[-1])) == 0
-    assert configs[0].autoencoder == "tiny" and configs[0].data_dir == data_dir
+    assert trained[0].autoencoder == "tiny" and trained[0].data_dir == data_dir

@@ -112,7 +112,6 @@ def orientation(number):
     (plain("RGBA", (9, 9, 9, 0)), "webp", {}, 255), (plain("LA", (9, 0)), "png", {}, 255),
     *[(green_middle(*size), "png", {}, (0, 60, 0)) for size in ((1, 1), (3000, 2), (18, 400))],
     (Image.fromarray(CHECKERBOARD), "png", {}, 127.5),       # antialiased
-    (plain("L", 0, (12_000, 9_000)), "jpg", {}, 0),          # as cameras make
     *[(plain("RGB", 0), ending, {"exif": b"Exif\0\0not exif"}, 0) for ending in ("png", "webp")],
     *[(Image.fromarray(stored.copy()), ending, {"exif": orientation(number)}, UPRIGHT[..., None])
       for number, stored in enumerate(STORED, 1) for ending in ("jpg", "png", "webp", "tiff")]])
@@ -120,6 +119,11 @@ def test_an_image_becomes_an_upright_square_over_white(tmp_path, image, ending, 
     image.save(tmp_path / f"a.{ending}", **options)
     x, _ = sl.ImageFiles([(tmp_path / f"a.{ending}", 0)], ["a"], 16)[0]
     assert np.abs(255 * x.permute(1, 2, 0).numpy() - np.array(expected)).mean() < 3
+
+
+def test_a_photograph_of_108_million_pixels_is_used(tmp_path):
+    plain("L", 0, (12_000, 9_000)).save(tmp_path / "a.jpg")
+    assert 128 <= min(sl.open_image(tmp_path / "a.jpg", 64).size) < 2000     # not decoded in full
 
 
 def test_cifar10_is_scaled_with_antialiasing(monkeypatch):
