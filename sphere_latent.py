@@ -6,16 +6,19 @@ The method of "Efficient Image Synthesis with Sphere Latent Encoder" (arXiv 2605
   2. Spherify, f(z), divides z by its root mean square. All points v = f(z) have the same norm,
      sqrt(N C): they lie on a sphere.
   3. Noise e ~ N(0, I) tilts a point by an angle alpha: f(cos(alpha) v + sin(alpha) e). In training
-     there are two views with the same e: v_small (small angle) and v_large (large angle).
+     there are two views with the same e: v_large, and v_small at a random smaller angle.
   4. A transformer, the denoiser, maps a noisy point to an estimate z_hat of the clean latent.
      It is trained with three losses:
        reconstruction      z_hat_small should equal z
        consistency         z_hat_large should equal z_hat_small   (no gradient to z_hat_small)
        latent consistency  f(z_hat_large) should point where v points   (1 - cosine)
   5. To generate, start at a random point f(e) and denoise it. For each further step, tilt f(z_hat)
-     back into noise, by a smaller angle every time, and denoise again. Decode the last z_hat.
+     back into noise and denoise again. Decode the last z_hat.
 
-Sphere Encoder, the predecessor (arXiv 2602.15030), uses the same losses on pixels. It has no frozen
+The paper's loss weights, noise parameters and tilts between steps are not known to us: they, and
+the squared error as the distance, are ours or Sphere Encoder's. README.md lists the differences.
+
+Sphere Encoder, the predecessor (arXiv 2602.15030), has losses 1 and 2 on pixels. It has no frozen
 autoencoder: its encoder and decoder are trained together, and both run in every step. It is section
 10 of this file and serves as the baseline.
 
@@ -29,7 +32,8 @@ Commands, from the smallest to the largest:
   torchrun --nproc-per-node 8 sphere_latent.py train --dataset imagenet --data-dir PATH
 
 Contents: 1 Configuration, 2 Images, 3 The transformer, 4 Frozen autoencoders, 5 The sphere,
-6 The three losses, 7 Training, 8 Sampling, 9 FID, 10 Sphere Encoder, 11 Figures, 12 Command line.
+6 The three losses, 7 Training, 8 Sampling, 9 FID, 10 Sphere Encoder, 11 Figures, 12 Whole runs and
+the command line. The method alone is sections 3, 5, 6 and 8: about 350 lines.
 
 Shapes: B batch, N tokens, C latent channels, D width, H and W height and width of an image.
 Latents are [B, N, C], images [B, 3, H, W] with values in [0, 1]. Angles are in radians inside,
@@ -70,31 +74,78 @@ class UserError(Exception):
     """Something the user can put right. The command line prints it as one line and exits with 2."""
 
 
-# torchrun starts several processes; each trains on its share of every batch.
+# --------------------------------------------------------------------------------------------------
+# Helpers: processes, devices, files
+# --------------------------------------------------------------------------------------------------
+# torchrun starts several processes; each one trains on its part of every batch.
 
-def process_count():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def process_number():
+def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def sum_over_processes(x):
-    """Replace a tensor by its sum over all processes. Each of them waits here for the others."""
+    """Replace a tensor by its sum over all processes."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
+def wait_for_all_processes():
+    sum_over_processes(torch.zeros(1))
+
+
 def say(message):
     """Print once, not once in each process, and above a progress bar."""
-    if process_number() == 0:
+    if rank() == 0:
         tqdm.write(message, file=sys.stdout)
 
 
 def progress(iterable, name, **options):
-    return tqdm(iterable, name, disable=process_number() > 0, **options)
+    return tqdm(iterable, name, disable=rank() > 0, **options)
+
+
+def find_device(name):
+    """A name such as "auto", "cpu" or "cuda:1" -> a torch.device that works; allows TF32 there."""
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = "cuda:" + os.environ["LOCAL_RANK"]
+    try:
+        torch.zeros(1, device=name).tolist()                 # "meta" gives nothing back
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    torch.set_float32_matmul_precision("high")
+    return torch.device(name)
+
+
+def autocast(device):
+    """bfloat16 where the hardware multiplies it faster than float32, otherwise no change."""
+    enabled = False
+    if device.type == "cuda":
+        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        enabled = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def seeded_generator(seed, index, device="cpu"):
+    """A random generator that depends on a seed and on the number of an update or of an image.
+
+    So a resumed run needs no saved random state. Different uses may share a generator's numbers.
+    """
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + index)     # a prime: seeds apart
+
+
+@contextlib.contextmanager
+def write_then_rename(path):
+    """Write to a temporary name, then rename: a reader finds the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".part")
+    yield temporary
+    os.replace(temporary, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,7 +155,7 @@ def progress(iterable, name, **options):
 def setting(default, meaning, options=None, low=None, high=10**9):
     """A field of Config: its default, its meaning for --help, and the values that it may take.
 
-    low: None is 1 for whole numbers and 0 for others.
+    Numbers go from low to high; low is 1 for int fields and 0 for float fields if it is not given.
     """
     if low is None:
         low = 1 if isinstance(default, int) else 0
@@ -130,9 +181,8 @@ class Config:
     patch_size: int = setting(16, "tiny: height and width of a token's patch, pixels", high=64)
     latent_channels: int = setting(64, "tiny: channels of a token")
     autoencoder_steps: int = setting(300, "tiny: updates of its decoder")
-    # the denoiser and its losses
+    # the denoiser and its losses; 0.5 and 0.1 are Sphere Encoder's, 1.2 was measured (README.md)
     model_size: str = setting("tiny", "width and depth", ("tiny", "S", "B", "L", "XL"))
-    spherify: bool = setting(True, "project latents to the sphere (off: an ablation)")
     noise_distribution: str = setting("logit-normal", "distribution of the large angle", (
         "logit-normal", "uniform", "uniform-tangent"))
     noise_mean: float = setting(1.2, "logit-normal: mean of the logit", low=-20, high=20)
@@ -142,7 +192,7 @@ class Config:
     reconstruction_weight: float = setting(1.0, "weight of loss 1")
     consistency_weight: float = setting(1.0, "weight of loss 2")
     latent_consistency_weight: float = setting(0.1, "weight of loss 3")
-    # optimization
+    # optimization; rate and decay were found by trying on the drawn flowers
     train_steps: int = setting(1000, "updates of the denoiser")
     batch_size: int = setting(32, "images in an update, over all processes", high=10**6)
     accumulate: int = setting(1, "parts that a batch is split into, to save memory")
@@ -153,7 +203,7 @@ class Config:
     # sampling and evaluation
     steps: int = setting(4, "calls of the denoiser for an image", high=1000)
     cfg_scale: float = setting(1.5, "classifier-free guidance; 1 is off", high=100)
-    tilt: float = setting(90.0, "after call k of n, tilt by (1 - k/n) times this, degrees", high=90)
+    tilt: float = setting(90.0, "sampling: largest tilt back into noise, degrees", high=90)
     eval_samples: int = setting(600, "samples behind a Fréchet distance", low=2, high=10**7)
     # the run
     seed: int = setting(0, "seed of everything random", low=0)
@@ -171,7 +221,7 @@ class Config:
             if is_number and not low <= value <= high:       # nan is in no range
                 raise UserError(f"{flag} {value}: must be from {low} to {high:,}")
         numbers_in_patch = 3 * self.patch_size ** 2
-        parts = process_count() * self.accumulate
+        parts = world_size() * self.accumulate
         if self.uses_rae() and self.image_size != 256:
             raise UserError(f"--image-size {self.image_size}: dinov2-b has images of 256 pixels")
         if self.image_size % self.patch_size != 0 or self.patch_size % 2 != 0:
@@ -181,7 +231,7 @@ class Config:
             raise UserError(f"--latent-channels {self.latent_channels}: a patch has only "
                             f"{numbers_in_patch} numbers")
         if self.noise_distribution == "uniform-tangent" and self.max_angle == 90:
-            raise UserError("--max-angle 90: must be smaller for uniform-tangent")
+            raise UserError("--max-angle 90: its tangent is infinite, uniform-tangent needs less")
         if self.batch_size % parts != 0:
             raise UserError(f"--batch-size {self.batch_size}: must be a multiple of {parts}, the "
                             "number of processes times --accumulate")
@@ -192,7 +242,7 @@ class Config:
 
 # Where the settings of a data set differ from the defaults, which are those of "drawn".
 # PHOTOS: for any folder of images, and for the others with --autoencoder tiny.
-# PAPER: the recipe of RAE's second stage, where the paper says nothing.
+# PAPER: batch size, learning rate and EMA of RAE's second stage; about 1,000 epochs (ImageNet 800).
 PHOTOS = {"latent_channels": 128, "autoencoder_steps": 800, "train_steps": 3500, "cfg_scale": 3.0}
 PAPER = {"autoencoder": "dinov2-b", "image_size": 256, "model_size": "B", "batch_size": 1024,
          "learning_rate": 2e-4, "ema_decay": 0.9995, "eval_samples": 50_000}
@@ -204,6 +254,7 @@ PRESETS = {
     "animal-faces": {**PAPER, "train_steps": 14_000},
     "imagenet": {**PAPER, "model_size": "XL", "train_steps": 1_000_000},
 }
+# the noise of its paper; the weights are at the lower end of its ranges
 SPHERE_ENCODER = {"noise_distribution": "uniform-tangent", "max_angle": 85.0, "tilt": 85.0,
                   "reconstruction_weight": 25.0, "consistency_weight": 2.0}
 LABEL_DROPOUT = 0.1          # share of the labels that become the null label, for guidance
@@ -214,48 +265,12 @@ def preset(dataset, method="sphere-latent", autoencoder=""):
     if dataset not in PRESETS:
         raise UserError(f"--dataset {dataset}: choose from {', '.join(PRESETS)}")
     settings = dict(PRESETS[dataset])
-    if "autoencoder" in settings and (autoencoder == "tiny" or method == "sphere-encoder"):
+    is_of_paper = settings.get("autoencoder") == "dinov2-b"
+    if is_of_paper and (autoencoder == "tiny" or method == "sphere-encoder"):
         settings = dict(PHOTOS)
     if method == "sphere-encoder":
         settings.update(SPHERE_ENCODER)
     return Config(dataset=dataset, method=method, **settings)
-
-
-def find_device(name):
-    """A name such as "auto", "cpu" or "cuda:1" -> a torch.device that works."""
-    if name == "auto":
-        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = "cuda:" + os.environ["LOCAL_RANK"]
-    try:
-        torch.zeros(1, device=name).tolist()                 # "meta" gives nothing back
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    torch.set_float32_matmul_precision("high")               # on a GPU: TF32 where it is not bf16
-    return torch.device(name)
-
-
-def autocast(device):
-    """bfloat16 where the hardware multiplies it faster than float32, otherwise no change."""
-    enabled = False
-    if device.type == "cuda":
-        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        enabled = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def seeded_generator(seed, number, device="cpu"):
-    """The random generator of update, or image, `number`: a resumed run needs no saved state."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + number)    # a prime
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Write to a temporary name, then rename: a reader finds the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".part")
-    yield temporary
-    os.replace(temporary, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -369,14 +384,14 @@ def drawn_images(split, size, seed=0):
     return PixelImages(torch.cat(drawn), labels, [species[0] for species in SPECIES])
 
 
-IN_MEMORY = 8e9              # bytes; what is larger stays in its files
+IN_MEMORY = 8e9              # bytes of pixels; a larger data set stays in its files
 
 
 def open_image(path, size):
     """An image file -> its centre square, a PIL image: RGB, upright, white where transparent."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # of 90 million pixels, as cameras make
+            warnings.simplefilter("ignore")                  # Pillow's, over 90 million pixels
             image = Image.open(path)
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits per channel")
@@ -418,7 +433,7 @@ class ImageFiles(Dataset):
 def read_images(files):
     """Read ImageFiles into memory -> PixelImages; more than 8 GB stay ImageFiles.
 
-    An image that cannot be read is named and skipped. Too many of them, 1 in 100, are an error.
+    An image that cannot be read is named and skipped. More than 1 in 100 (and than 1) is an error.
     """
     if 3 * files.size ** 2 * len(files) > IN_MEMORY:
         return files
@@ -452,14 +467,16 @@ def find_image_files(root):
     found, without_images = {}, {}
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real, parent = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+        # a loop is a link to a folder that contains it
         is_loop = folder != root and (parent + os.sep).startswith(real + os.sep)
-        if is_loop or "config.json" in files or "checkpoint.pt" in files:
-            subfolders.clear()
+        is_run_folder = "config.json" in files or "checkpoint.pt" in files
+        if is_loop or is_run_folder:
+            subfolders.clear()                               # os.walk does not go into them
             continue
         subfolders[:] = [name for name in subfolders if name[0] != "." and name != "__MACOSX"]
         relative = os.path.relpath(folder, root)
         name = os.path.basename(root) if relative == "." else relative.split(os.sep)[0]
-        name = name.encode("utf-8", "backslashreplace").decode()             # names of any bytes
+        name = name.encode("utf-8", "backslashreplace").decode()             # if it is not UTF-8
         for file in files:
             if file.lower().endswith((*IMG_EXTENSIONS, ".gif", ".jfif")) and file[0] != ".":
                 found.setdefault(name, []).append(os.path.join(folder, file))
@@ -474,15 +491,17 @@ def split_by_name(images, held_out):
     """The tenth of ImageFiles that is held out, or the other nine tenths.
 
     Chosen by a hash of the file name: it stays the same when images are added. The last image of a
-    class is never held out; of fewer than 20 images none is, and both parts are the whole.
+    class is never held out. Of fewer than 20 images none is; then both parts are the whole set.
     """
-    left = torch.bincount(images.labels).tolist()
+    def name_hash(pair):
+        return zlib.crc32(os.fsencode(os.path.basename(pair[0])))
+
+    remaining = torch.bincount(images.labels).tolist()       # images of each class
     chosen = set()
-    for path, label in sorted(images.samples, key=lambda pair: zlib.crc32(
-            os.fsencode(os.path.basename(pair[0])))):
-        if len(chosen) < len(images) // 10 and left[label] > 1:
+    for path, label in sorted(images.samples, key=name_hash):
+        if len(chosen) < len(images) // 10 and remaining[label] > 1:
             chosen.add(path)
-            left[label] -= 1
+            remaining[label] -= 1
     if len(chosen) < 2:
         return images
     part = [pair for pair in images.samples if (pair[0] in chosen) == held_out]
@@ -522,7 +541,7 @@ def cifar_images(root, size, held_out):
 
 
 def oxford_flowers(config, root, held_out):
-    """Oxford-Flowers 102. As in the papers all 8,189 photographs serve to train and to compare;
+    """Oxford-Flowers 102. We train on all 8,189 photographs and compare samples with all of them;
     with TinyRAE, which learns from these alone, a tenth is held out."""
     from torchvision.datasets import Flowers102
     samples = []
@@ -546,7 +565,7 @@ CLASS_COUNTS = {"animal-faces": 3, "imagenet": 1000}
 
 def find_images(config, split):
     """Find the images of a split, "train" or "test", without reading them. Raises UserError."""
-    held_out = {"train": False, "test": True}[split]
+    held_out = split == "test"
     root = os.path.expanduser(config.data_dir or "data")
     try:
         if config.dataset == "cifar10":
@@ -554,8 +573,9 @@ def find_images(config, split):
         if config.dataset == "flowers":
             return oxford_flowers(config, root, held_out)
         images = folder_images(config, root, held_out)
-        if len(images.classes) != CLASS_COUNTS.get(config.dataset, len(images.classes)):
-            raise UserError(f"there are {len(images.classes)} classes, such as {images.classes[0]}")
+        found, expected = len(images.classes), CLASS_COUNTS.get(config.dataset)
+        if expected is not None and found != expected:
+            raise UserError(f"it has {found} classes, not {expected}; one is {images.classes[0]}")
         return images
     except (UserError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -574,8 +594,8 @@ def load_images(config, split):
     return read_images(images) if isinstance(images, ImageFiles) else images
 
 
-def random_batches(count, config, first_step, last_step):
-    """Yield the numbers of the images of each update.
+def random_index_batches(count, config, first_step, last_step):
+    """Yield the indices of the images of each update, drawn with replacement.
 
     They depend on seed and step alone, so that a resumed run goes on with the right ones.
     """
@@ -584,44 +604,55 @@ def random_batches(count, config, first_step, last_step):
         yield torch.randint(count, (config.batch_size,), generator=generator).tolist()
 
 
-def in_batches(numbers, size=100):
-    return [numbers[start:start + size] for start in range(0, len(numbers), size)]
+def index_batches(count, size=100):
+    """This process's share of the indices below count, as lists of at most `size` of them."""
+    batches = torch.arange(count).split(size)
+    return [batch.tolist() for batch in batches][rank()::world_size()]
 
 
 def ignore_ctrl_c(worker):
-    """The main process decides what Ctrl-C means; its workers end when it does."""
+    """The main process decides what Ctrl-C means; its workers exit with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def batch_loader(dataset, batches, device=torch.device("cpu")):
-    """Lists of numbers -> batches (images or latents [B, ...], labels [B])."""
+def make_loader(dataset, batches, device=torch.device("cpu")):
+    """Lists of indices -> batches (images or latents [B, ...], labels [B])."""
     workers = min(8, os.cpu_count()) if isinstance(dataset, ImageFiles) else 0
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                       pin_memory=device.type == "cuda", worker_init_fn=ignore_ctrl_c)
 
 
-def some_images(images, count, seed):
+def random_images(images, count, seed):
     """At most `count` images of a data set, chosen at random -> [n, 3, H, W]."""
     order = torch.randperm(len(images), generator=seeded_generator(seed, 0))
-    batches = batch_loader(images, in_batches(order[:count].tolist()))
-    return torch.cat([x for x, _ in batches])
+    return torch.stack([images[i][0] for i in order[:count].tolist()])
+
+
+def iterate_images(images):
+    """This process's share of a data set, as batches [B, 3, H, W]."""
+    for x, _ in make_loader(images, index_batches(len(images))):
+        yield x
 
 
 # --------------------------------------------------------------------------------------------------
 # 3. The transformer
 # --------------------------------------------------------------------------------------------------
-#     D width   H heads   K = D / H
+#     D width   K = D / heads, the channels of a head
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2)) over the last axis, times one learned weight per channel."""
 
-    def forward(self, x):                                    # the weight as bf16 under autocast
+    def forward(self, x):                                    # weight and x of one type
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), eps=1e-6)
 
 
 class Block(nn.Module):
-    """Attention and MLP. The label shifts, scales and gates both (adaLN-Zero, from DiT)."""
+    """Attention and MLP. The label shifts, scales and gates both (adaLN-Zero, from DiT).
+
+    RMSNorm, normalised q and k, and projections without bias are inferred: with them the paper's XL
+    has exactly its published 675,160,896 parameters.
+    """
 
     def __init__(self, width, heads):
         super().__init__()
@@ -635,14 +666,14 @@ class Block(nn.Module):
 
     def attention(self, x):
         q, k, v = [rearrange(project(x), "b n (h k) -> b h n k", h=self.heads)
-                   for project in (self.q, self.k, self.v)]                  # [B, H, N, K] each
+                   for project in (self.q, self.k, self.v)]                  # [B, heads, N, K] each
         q, k = self.q_norm(q), self.k_norm(k)
         if x.device.type == "cpu" and torch.is_grad_enabled():
             # On a CPU the fused backward pass is slower than this for short sequences.
-            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5           # [B, H, N, N]
-            y = scores.softmax(-1).to(v.dtype) @ v                           # [B, H, N, K]
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5           # [B, heads, N, N]
+            y = scores.softmax(-1).to(v.dtype) @ v                           # [B, heads, N, K]
         else:
-            y = F.scaled_dot_product_attention(q, k, v)                      # [B, H, N, K]
+            y = F.scaled_dot_product_attention(q, k, v)                      # [B, heads, N, K]
         return self.out(rearrange(y, "b h n k -> b n (h k)"))                # [B, N, D]
 
     def forward(self, x, c):
@@ -667,9 +698,9 @@ def sincos_positions(tokens, width):
 class Transformer(nn.Module):
     """Tokens [B, N, in_channels] and labels [B] -> tokens [B, N, out_channels].
 
-    The label num_classes is the null label, "no class"; it is used where labels is None. A new
-    transformer is the zero function, and each of its blocks the identity. The denoiser, the decoder
-    of TinyRAE and both halves of Sphere Encoder are made of it.
+    The label num_classes is the null label, "no class"; it is used where labels is None. At
+    initialization each block is the identity and the output is zero. The denoiser, the decoder of
+    TinyRAE and both halves of Sphere Encoder are made of it.
     """
 
     def __init__(self, tokens, in_channels, out_channels, width, depth, heads, num_classes=0,
@@ -679,7 +710,7 @@ class Transformer(nn.Module):
         self.checkpoint_blocks = checkpoint_blocks
         self.embed = nn.Linear(in_channels, width)
         self.positions = nn.Parameter(sincos_positions(tokens, width), requires_grad=False)
-        self.labels = nn.Embedding(num_classes + 1, width)
+        self.label_embedding = nn.Embedding(num_classes + 1, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = RMSNorm(width)
         self.modulation = nn.Linear(width, 2 * width)
@@ -687,12 +718,13 @@ class Transformer(nn.Module):
         self.initialize()
 
     def initialize(self):
+        """As in DiT: zero modulation turns blocks off, a zero head makes the output zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.labels.weight, std=0.02)
+        nn.init.normal_(self.label_embedding.weight, std=0.02)
         for block in self.blocks:
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.modulation.weight)
@@ -701,7 +733,7 @@ class Transformer(nn.Module):
     def forward(self, x, labels=None):
         if labels is None:
             labels = torch.full((len(x),), self.num_classes, device=x.device)
-        c = F.silu(self.labels(labels))                                      # [B, D]
+        c = F.silu(self.label_embedding(labels))                                    # [B, D]
         x = self.embed(x) + self.positions                                   # [B, N, D]
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
@@ -748,10 +780,10 @@ def denoiser_for(config, latent_shape, num_classes):
 # RAE has a frozen encoder, DINOv2, and a decoder that is trained on noisy latents. TinyRAE is RAE
 # in miniature. Its encoder is PCA of patches, computed in closed form: a patch is described by how
 # strongly it shows each of C patterns. Each strength is divided by the square root of its standard
-# deviation: then noise hides fine patterns first and coarse ones last. The decoder starts from the
-# inverse of that. A transformer, which sees all patches, and convolutions, which see across their
-# borders, add what is missing.
-#     P numbers in a patch   F feature maps
+# deviation. Fine patterns so keep a smaller variance than coarse ones, and noise hides them first.
+# The decoder starts from the inverse of that. A transformer, which sees all patches, and
+# convolutions, which see across their borders, add what is missing.
+#     P numbers in a patch   M feature maps
 
 class PatchPCA(nn.Module):
     """Images [B, 3, H, W] <-> tokens [B, N, C], both ways linear: PCA of square patches."""
@@ -800,7 +832,7 @@ class PixelDecoder(nn.Module):
         self.half_patch = patch_size // 2
         self.transformer = Transformer(tokens, channels, feature_maps * self.half_patch ** 2,
                                        width, depth, heads, num_classes)
-        # Convolutions at half the size of the image: a fourth of the work.
+        # Convolutions at half the size, a quarter of the work: 12 = 3 colours of 2 x 2 pixels.
         self.conv_in = nn.Conv2d(feature_maps + 12, hidden, 3, padding=1)
         self.residual = nn.ModuleList([nn.Sequential(
             nn.GELU(), nn.Conv2d(hidden, hidden, 3, padding=1),
@@ -811,8 +843,8 @@ class PixelDecoder(nn.Module):
 
     def forward(self, z, image, labels=None):
         side, p = math.isqrt(z.shape[1]), self.half_patch
-        maps = rearrange(self.transformer(z, labels), "b (h w) (p q f) -> b f (h p) (w q)",
-                         h=side, p=p, q=p)                                   # [B, F, H/2, W/2]
+        maps = rearrange(self.transformer(z, labels), "b (h w) (p q m) -> b m (h p) (w q)",
+                         h=side, p=p, q=p)                                   # [B, M, H/2, W/2]
         pixels = F.pixel_unshuffle(image - 0.5, 2)                           # [B, 12, H/2, W/2]
         x = torch.cat([maps, pixels], dim=1).contiguous(memory_format=torch.channels_last)
         x = self.conv_in(x)                                                  # [B, hidden, H/2, W/2]
@@ -833,14 +865,15 @@ class TinyRAE(nn.Module):
         self.latent_shape = (tokens, channels)
         self.pca = PatchPCA(patch_size, channels)
         self.decoder = PixelDecoder(tokens, channels, patch_size, width=256, depth=2, heads=4)
-        self.register_buffer("latent_mean", torch.zeros(1, channels))        # of PatchPCA's tokens
-        self.register_buffer("latent_var", torch.ones(1, channels))
+        self.register_buffer("latent_mean", torch.zeros(1, channels))        # PCA's tokens
+        self.register_buffer("latent_var", torch.ones(1, channels))          # are normalised
 
     def encode(self, images):
         """Images in [0, 1] -> latents."""
         return self.pca.encode(images)
 
     def decode_unclamped(self, z):
+        """For training: clamp would stop the gradient outside [0, 1]."""
         image = self.pca.decode(z)
         return image + self.decoder(z, image).float()
 
@@ -849,16 +882,17 @@ class TinyRAE(nn.Module):
         return self.decode_unclamped(z).clamp(0, 1)
 
 
-# The paper's autoencoder and two networks for measuring have published weights. They are fetched
-# when they are first needed; files that were placed by hand in --weights-dir go first.
+# The paper's autoencoder, Inception (for FID) and VGG (for Sphere Encoder's loss) have published
+# weights. They are fetched when they are needed; files in --weights-dir take precedence.
+# The digits at the end of a .pth name are the start of the file's SHA-256, which is checked.
 
 HUGGING_FACE_FILES = {       # name in --weights-dir: (repository, path in it)
     "model.safetensors": ("timm/vit_base_patch14_reg4_dinov2.lvd142m", "model.safetensors"),
     "model.pt": ("nyu-visionx/RAE-collections", "decoders/dinov2/wReg_base/ViTXL_n08/model.pt"),
     "stat.pt": ("nyu-visionx/RAE-collections", "stats/dinov2/wReg_base/imagenet1k/stat.pt"),
 }
-INCEPTION = "pt_inception-2015-12-05-6726825d.pth"           # the end of a name is the start of the
-VGG = "vgg16-397923af.pth"                                   # file's SHA-256, which is checked
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+VGG = "vgg16-397923af.pth"
 URLS = {
     INCEPTION: f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}",
     VGG: f"https://download.pytorch.org/models/{VGG}",
@@ -890,7 +924,7 @@ def find_weights(name, weights_dir=""):
 def read_weights(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                               # so does a damaged file
+    except Exception as error:                               # damaged files fail in many ways
         raise UserError(f"{path} cannot be read ({type(error).__name__}): is it whole?") from None
 
 
@@ -968,12 +1002,12 @@ class RAE(nn.Module):
         import timm
         file = str(find_weights("model.safetensors", weights_dir)) if pretrained else ""
         try:
-            self.encoder = timm.create_model(                # it resamples the positions to 16 x 16
+            self.encoder = timm.create_model(                # resamples positions, 37 to 16 a side
                 "vit_base_patch14_reg4_dinov2.lvd142m", pretrained=pretrained, num_classes=0,
                 img_size=224, pretrained_cfg_overlay={"file": file})
         except Exception as error:
             raise UserError(f"{file} is not DINOv2 with registers ({str(error)[:300]})") from None
-        self.encoder.norm = nn.LayerNorm(768, eps=1e-6, elementwise_affine=False)
+        self.encoder.norm = nn.LayerNorm(768, eps=1e-6, elementwise_affine=False)    # as in RAE
         self.decoder = RAEDecoder()
         statistics = {"mean": torch.zeros(768, 1), "var": torch.ones(768, 1)}
         if pretrained:
@@ -999,8 +1033,8 @@ class RAE(nn.Module):
 
 
 def load_autoencoder(name, config=None, pretrained=True):
-    """"tiny": a TinyRAE of config's sizes, not trained yet. "dinov2-b": the paper's RAE, with the
-    published weights or, with pretrained=False, random ones."""
+    """Build "tiny", a TinyRAE of config's sizes that is not trained yet, or "dinov2-b", the paper's
+    RAE with the published weights or, with pretrained=False, random ones."""
     config = config or Config()
     if name == "tiny":
         return TinyRAE(config.image_size, config.patch_size, config.latent_channels)
@@ -1013,6 +1047,8 @@ def load_autoencoder(name, config=None, pretrained=True):
 # 5. The sphere
 # --------------------------------------------------------------------------------------------------
 #     A latent [N, C] is one vector of L = N C numbers. The sphere has the radius sqrt(L).
+#     With so many numbers a random e is nearly orthogonal to v and nearly as long. So the angle
+#     from v to f(cos(alpha) v + sin(alpha) e) is alpha, to within a few degrees.
 
 def spherify(z):
     """f(z) = z / sqrt(mean(z^2)), the mean over all but the batch axis: the norm becomes sqrt(L).
@@ -1023,19 +1059,15 @@ def spherify(z):
     return F.rms_norm(z.float(), z.shape[1:], eps=1e-6)
 
 
-def tilt(v, e, alpha):
-    """cos(alpha) v + sin(alpha) e; alpha in radians, a number or [B]."""
-    alpha = torch.as_tensor(alpha, dtype=torch.float32, device=v.device)
-    alpha = alpha.view(-1, *[1] * (v.dim() - 1))             # broadcasts over [B, ...]
-    return alpha.cos() * v.float() + alpha.sin() * e.float()
-
-
 def noisy_spherify(v, e, alpha):
     """f(cos(alpha) v + sin(alpha) e): v at 0, pure noise f(e) at pi/2.
 
-    Below pi/2 this equals f(v + sigma e) with sigma = tan(alpha), the form of the papers.
+    v and e are [B, ...], alpha is a number or [B], radians. Below pi/2 this equals
+    f(v + sigma e) with sigma = tan(alpha), the form of Sphere Encoder's paper.
     """
-    return spherify(tilt(v, e, alpha))
+    alpha = torch.as_tensor(alpha, dtype=torch.float32, device=v.device)
+    alpha = alpha.view(-1, *[1] * (v.dim() - 1))             # broadcasts over [B, ...]
+    return spherify(alpha.cos() * v.float() + alpha.sin() * e.float())
 
 
 def angle_between(a, b):
@@ -1046,35 +1078,40 @@ def angle_between(a, b):
 
 
 def slerp(a, b, t):
-    """Spherical interpolation: the point at share t (a number or [B]) of the arc from a to b."""
+    """Spherical interpolation: the point at the share t (a number or [B]) of the arc from a to b.
+
+    Opposite points have no single arc between them and give 0.
+    """
     a, b = spherify(a), spherify(b)
     shape = (-1, *[1] * (a.dim() - 1))                       # broadcasts over [B, ...]
     t = torch.as_tensor(t, dtype=torch.float32, device=a.device).view(shape)
     omega = angle_between(a, b).view(shape)
     on_arc = torch.sin((1 - t) * omega) * a + torch.sin(t * omega) * b
-    on_line = torch.lerp(a, b, t)                            # where the arc is too short to divide
-    return spherify(torch.where(omega < 1e-3, on_line, on_arc))
+    on_line = torch.lerp(a, b, t)                            # for tiny angles on_arc vanishes
+    return spherify(torch.where(omega < 1e-3, on_line, on_arc))      # no division by sin(omega)
 
 
 def sample_angles(batch, config, generator=None):
-    """Draw alpha_small and alpha_large, each [B], radians: tan(small) = s tan(large).
+    """Draw alpha_small and alpha_large, each [B], radians.
 
-    The paper's distribution is a logit-normal of unknown parameters. Sphere Encoder's is
-    "uniform-tangent": tan(large) uniform, one value in each of B equal parts.
+    tan(alpha_small) = s tan(alpha_large), with s uniform from 0 to small_ratio. The paper draws
+    noise levels from a logit-normal whose parameters are unknown; ours is over alpha_large as a
+    share of max_angle. "uniform-tangent" is Sphere Encoder's: one tangent in each of B intervals.
     """
     device = generator.device if generator is not None else None
     largest = math.radians(config.max_angle)
     if config.noise_distribution == "logit-normal":
-        logit = torch.randn(batch, generator=generator, device=device)
-        share = torch.sigmoid(config.noise_mean + config.noise_std * logit)
-        alpha_large = largest * share
+        normal = torch.randn(batch, generator=generator, device=device)
+        logit = config.noise_mean + config.noise_std * normal
+        alpha_large = largest * torch.sigmoid(logit)
     elif config.noise_distribution == "uniform":
         alpha_large = largest * torch.rand(batch, generator=generator, device=device)
     else:
-        within_part = torch.rand(batch, generator=generator, device=device)
-        share = (torch.arange(batch, device=device) + within_part) / batch
-        alpha_large = torch.atan(share * math.tan(largest))
+        within_interval = torch.rand(batch, generator=generator, device=device)
+        r = (torch.arange(batch, device=device) + within_interval) / batch
+        alpha_large = torch.atan(r * math.tan(largest))
     s = config.small_ratio * torch.rand(batch, generator=generator, device=device)
+    # atan(s tan(alpha_large)), finite at 90 degrees as well
     alpha_small = torch.atan2(s * alpha_large.sin(), alpha_large.cos())
     return alpha_small, alpha_large
 
@@ -1096,14 +1133,20 @@ def reconstruction_loss(z_hat_small, target):
 
 
 def consistency_loss(z_hat_large, z_hat_small):
-    """Loss 2: from much noise, arrive where little noise arrived. No gradient to z_hat_small."""
+    """Loss 2: from much noise, arrive where little noise arrived.
+
+    No gradient flows to z_hat_small, or the better estimate would be drawn to the worse one.
+    """
     return distance(z_hat_large, z_hat_small.detach())
 
 
 def latent_consistency_loss(v_hat_large, v):
-    """Loss 3: from much noise, point where v points: 1 - cosine. No gradient to v."""
-    cosine = (spherify(v_hat_large) * spherify(v.detach())).mean()           # norms are sqrt(L)
-    return 1 - cosine
+    """Loss 3: from much noise, point where v points: 1 - cosine. No gradient to v.
+
+    It ties the view with much noise to the data itself, in direction alone.
+    """
+    cosine = F.cosine_similarity(v_hat_large.float().flatten(1), v.detach().flatten(1))      # [B]
+    return 1 - cosine.mean()
 
 
 def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large, config,
@@ -1118,9 +1161,8 @@ def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large
     views. perceptual(images, images) is a further distance for Sphere Encoder.
     Returns a dict of the losses without their weights, and their weighted sum as "total".
     """
-    noisy = noisy_spherify if config.spherify else tilt
-    v_small = noisy(v, e, alpha_small)                                       # [B, N, C]
-    v_large = noisy(v, e, alpha_large)                                       # [B, N, C]
+    v_small = noisy_spherify(v, e, alpha_small)                              # [B, N, C]
+    v_large = noisy_spherify(v, e, alpha_large)                              # [B, N, C]
     both = decode(torch.cat([v_small, v_large]), labels.repeat(2))
     z_hat_small, z_hat_large = both.chunk(2)
     losses = {
@@ -1157,14 +1199,15 @@ def fit_tiny_rae(autoencoder, images, config):
     """Compute the encoder of a TinyRAE from 2,000 images, train its decoder, freeze both.
 
     The decoder sees noisy latents, because the denoiser's estimates will not be perfect either. Its
-    loss is the squared error of the pixels and of the differences between neighbouring pixels.
+    loss is the squared error of the pixels and of the differences between neighbouring pixels. The
+    constants (rate, noise, weight 3, clipping) were found by trying on the drawn flowers.
     """
     device, steps = autoencoder.latent_mean.device, config.autoencoder_steps
-    autoencoder.pca.fit(some_images(images, 2000, config.seed).to(device))
+    autoencoder.pca.fit(random_images(images, 2000, config.seed).to(device))
     weights = list(autoencoder.decoder.parameters())
     optimizer = torch.optim.Adam(weights, betas=(0.9, 0.95))
-    batches = random_batches(len(images), config, 0, steps)
-    bar = progress(batch_loader(images, batches, device), "decoder", total=steps)
+    batches = random_index_batches(len(images), config, 0, steps)
+    bar = progress(make_loader(images, batches, device), "decoder", total=steps)
     for step, (x, _) in enumerate(bar):
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, steps, 2e-3)
         generator = seeded_generator(config.seed, step)
@@ -1200,35 +1243,36 @@ def encode_images(autoencoder, images, config, folder):
     is_there = path.exists() and path.stat().st_size == size
     free = shutil.disk_usage(folder).free
     has_room = torch.tensor(float(is_there or size < 0.9 * free))
-    if sum_over_processes(has_room) < process_count():
+    if sum_over_processes(has_room) < world_size():          # some process has none
         say(f"no room in {folder} for {size / 1e9:.1f} GB of latents: the autoencoder will run in "
             "every update, which is slower")
         return images
     target = path if is_there else path.with_name(path.name + ".part")
+    # a tensor whose memory is the file, which is made if it is not there
     latents = torch.from_file(str(target), shared=True, size=math.prod(shape), dtype=torch.float16)
     latents = latents.view(shape)                                            # [1 or 2, n, N, C]
     if not is_there:
         device = autoencoder.latent_mean.device
-        batches = in_batches(list(range(count)))[process_number()::process_count()]
-        loader = batch_loader(images, batches, device)
-        for numbers, (x, _) in zip(batches, progress(loader, "encoding", total=len(batches))):
+        batches = index_batches(count)
+        loader = make_loader(images, batches, device)
+        for indices, (x, _) in zip(batches, progress(loader, "encoding", total=len(batches))):
             for view in range(views):
                 with autocast(device):
                     z = autoencoder.encode(x.to(device))                     # [B, N, C]
-                latents[view, numbers[0]:numbers[-1] + 1] = z.half().cpu()
+                latents[view, indices] = z.half().cpu()
                 x = x.flip(-1)
-        sum_over_processes(torch.zeros(1))
-        if process_number() == 0:
+        wait_for_all_processes()
+        if rank() == 0:
             os.replace(target, path)
     return TensorDataset(latents.flatten(0, 1), images.labels.repeat(views))
 
 
 class Objective(nn.Module):
-    """From a batch to its losses, as a module, which is what DistributedDataParallel wraps."""
+    """From a batch to its losses. DistributedDataParallel wraps modules, so this is one."""
 
     def __init__(self, model, losses):
         super().__init__()
-        self.model = model
+        self.model = model                                   # so that its parameters are found
         self.losses = losses
 
     def forward(self, *batch):
@@ -1236,9 +1280,9 @@ class Objective(nn.Module):
 
 
 def update(model, objective, optimizer, x, labels, config, step):
-    """One update from this process's share (x, labels) of a batch -> its losses, a dict of scalars.
+    """One update from this process's part (x, labels) of a batch -> its losses, a dict of scalars.
 
-    Everything random is drawn for the whole batch and then shared out, so that the result does not
+    Everything random is drawn for the whole batch and then divided, so that the result does not
     depend on the number of processes.
     """
     device = labels.device
@@ -1247,22 +1291,22 @@ def update(model, objective, optimizer, x, labels, config, step):
     is_dropped = torch.rand(config.batch_size, generator=generator, device=device) < LABEL_DROPOUT
     alpha_small, alpha_large = sample_angles(config.batch_size, config, generator)
     e = torch.randn(config.batch_size, *model.latent_shape, generator=generator, device=device)
-    share = slice(process_number(), None, process_count())
+    mine = slice(rank(), None, world_size())                 # this process's part of a batch
     if x.dim() == 4 and config.flips:                        # images; latents include mirror images
-        x = mirror(x, is_mirrored[share])
-    labels = labels.masked_fill(is_dropped[share], model.num_classes)
-    batch = (x, labels, e[share], alpha_small[share], alpha_large[share])
+        x = mirror(x, is_mirrored[mine])
+    labels = labels.masked_fill(is_dropped[mine], model.num_classes)
+    batch = (x, labels, e[mine], alpha_small[mine], alpha_large[mine])
 
     optimizer.zero_grad()
     totals = []
-    for part, tensors in enumerate(zip(*[tensor.chunk(config.accumulate) for tensor in batch])):
-        is_last = part == config.accumulate - 1              # gradients are exchanged once
-        exchange = contextlib.nullcontext()
-        if process_count() > 1 and not is_last:
-            exchange = objective.no_sync()
-        with exchange:
+    chunks = [tensor.chunk(config.accumulate) for tensor in batch]
+    for i, micro_batch in enumerate(zip(*chunks), 1):
+        context = contextlib.nullcontext()
+        if world_size() > 1 and i < config.accumulate:
+            context = objective.no_sync()                    # processes exchange gradients once
+        with context:
             with autocast(device):
-                losses = objective(*tensors)
+                losses = objective(*micro_batch)
             (losses["total"] / config.accumulate).backward()
         totals.append(torch.stack([loss.detach() for loss in losses.values()]))
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1281,12 +1325,8 @@ def update_average(average, model, decay):
 def mean_losses(recent):
     """A list of dicts of scalars -> a dict of floats: the mean over updates and processes."""
     table = torch.stack([torch.stack(list(losses.values())) for losses in recent])
-    means = sum_over_processes(table.mean(0)) / process_count()
+    means = sum_over_processes(table.mean(0)) / world_size()
     return dict(zip(recent[0], means.tolist()))
-
-
-class Stopped(Exception):
-    """Training was stopped by a signal, and saved."""
 
 
 class StopRequest:
@@ -1294,29 +1334,29 @@ class StopRequest:
 
     def __enter__(self):
         self.received = False
-        self.handlers = {}
+        self.old_handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.receive)
+                self.old_handlers[number] = signal.signal(number, self.receive)
         return self
 
     def receive(self, number, frame):
         self.received = True
 
     def __exit__(self, *error):
-        for number, handler in self.handlers.items():
+        for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
 
-    def is_for_all(self, step):
-        """Has any process received one? With several, they ask each other at every tenth update."""
-        if process_count() > 1 and step % 10 != 9:
+    def any_process_received(self, step):
+        """Several processes ask each other at every tenth update."""
+        if world_size() > 1 and step % 10 != 9:
             return False
         return sum_over_processes(torch.tensor(float(self.received))).item() > 0
 
 
 def save_checkpoint(path, state):
     try:
-        with replacing(path) as temporary:
+        with write_then_rename(path) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:                 # torch on a full disk: RuntimeError
         raise UserError(f"cannot write {path} ({error}); the one before it is kept") from None
@@ -1341,7 +1381,7 @@ def read_checkpoint(path):
 
 def write_table(path, rows):
     """Dicts with the same keys -> a .csv file."""
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+    with write_then_rename(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -1376,12 +1416,12 @@ def fit(model, losses, dataset, classes, config, folder, keep, on_save):
         first_step, log = state["step"], state["log"]
         began -= log[-1]["seconds"]
     objective = Objective(model, losses)
-    if process_count() > 1:
+    if world_size() > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
-    share = slice(process_number(), None, process_count())
-    batches = (numbers[share] for numbers in random_batches(
+    mine = slice(rank(), None, world_size())                 # this process's part of a batch
+    batches = (numbers[mine] for numbers in random_index_batches(
         len(dataset), config, first_step, config.train_steps))
-    bar = progress(batch_loader(dataset, batches, device), config.method, initial=first_step,
+    bar = progress(make_loader(dataset, batches, device), config.method, initial=first_step,
                    total=config.train_steps)
     recent = []
     with StopRequest() as stop:
@@ -1390,9 +1430,10 @@ def fit(model, losses, dataset, classes, config, folder, keep, on_save):
             optimizer.param_groups[0]["lr"] = rate
             x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             recent.append(update(model, objective, optimizer, x, labels, config, step))
-            update_average(average, model, min(config.ema_decay, (2 + step) / (11 + step)))
+            early_decay = (2 + step) / (11 + step)           # forgets the random start sooner
+            update_average(average, model, min(config.ema_decay, early_decay))
 
-            done, stopping = step + 1, stop.is_for_all(step)
+            done, stopping = step + 1, stop.any_process_received(step)
             saving = stopping or done % config.save_every == 0 or done == config.train_steps
             if saving or done % 10 == 0:
                 means = mean_losses(recent)
@@ -1404,15 +1445,16 @@ def fit(model, losses, dataset, classes, config, folder, keep, on_save):
                 bar.set_postfix(reconstruction=f"{means['reconstruction']:.3f}")
             if saving:
                 on_save(average)
-                if process_number() == 0:
+                if rank() == 0:
                     state = {name: part.state_dict() for name, part in parts.items()}
                     save_checkpoint(path, {**state, **keep, "step": done, "log": log,
                                            "classes": list(classes), "config": vars(config)})
                     write_table(folder / "log.csv", log)
-                sum_over_processes(torch.zeros(1))           # none goes on before it is written
+                wait_for_all_processes()                     # until the checkpoint is written
             if stopping:
-                raise Stopped(f"stopped after update {done} of {config.train_steps}; go on with: "
-                              f"python sphere_latent.py train --resume {shlex.quote(str(folder))}")
+                raise KeyboardInterrupt(
+                    f"stopped after update {done} of {config.train_steps}; go on with: "
+                    f"python sphere_latent.py train --resume {shlex.quote(str(folder))}")
     return average
 
 
@@ -1432,66 +1474,67 @@ def guided(network, x, labels, null_label, scale):
 
 @torch.no_grad()
 def sample(denoiser, labels, steps=4, cfg_scale=1.0, largest_tilt=math.pi / 2, noise=None,
-           generator=None, return_path=False, sphere=True):
+           generator=None, return_path=False):
     """Random points on the sphere -> clean latents z [B, N, C], by `steps` calls of the denoiser.
 
-    labels [B]. After call k of n: a tilt of (1 - k/n) largest_tilt, radians, with new noise.
-    noise: [steps, B, N, C], drawn if None. The last estimate is returned as it is, not spherified
-    ("raw final step"); with return_path, also the list of all noisy points and estimates, in turn.
-    sphere=False: without projections, for a denoiser that was trained without them.
+    labels [B]; noise [steps, B, N, C], drawn if None. After call k of n the estimate is tilted back
+    into noise by (1 - k/n) largest_tilt, radians: 67.5, 45 and 22.5 degrees for four steps. The
+    paper's angles are unknown; these, with new noise each time, are ours (README.md). The last
+    estimate is returned as it is, not spherified, as we read the paper's "raw final step".
+    return_path: also return all noisy points and estimates, in turn.
     """
     if noise is None:
         noise = torch.randn(steps, len(labels), *denoiser.latent_shape, generator=generator,
                             device=labels.device if generator is None else generator.device)
     noise = noise.to(labels.device)                                          # [steps, B, N, C]
-    project = spherify if sphere else torch.Tensor.float
-    v, path = project(noise[0]), []                                          # [B, N, C]
+    v, trajectory = spherify(noise[0]), []                                   # [B, N, C]
     for k in range(1, steps + 1):
         z_hat = guided(denoiser, v, labels, denoiser.num_classes, cfg_scale)         # [B, N, C]
-        path += [v, z_hat]
+        trajectory += [v, z_hat]
         if k < steps:
             alpha = (1 - k / steps) * largest_tilt
-            v = project(tilt(project(z_hat), noise[k], alpha))               # [B, N, C]
-    return (z_hat, path) if return_path else z_hat
+            v = noisy_spherify(spherify(z_hat), noise[k], alpha)             # [B, N, C]
+    return (z_hat, trajectory) if return_path else z_hat
 
 
-def seeded_noise(numbers, latent_shape, seed, draws):
-    """Noise [draws, B, N, C] for the images with these numbers, the same alone or in any batch."""
-    noise = [torch.randn(draws, *latent_shape, generator=seeded_generator(seed, number))
-             for number in numbers]
+def seeded_noise(indices, latent_shape, seed, draws):
+    """Noise [draws, B, N, C] for the images with these indices, whatever batch they are in."""
+    noise = [torch.randn(draws, *latent_shape, generator=seeded_generator(seed, index))
+             for index in indices]
     return torch.stack(noise, dim=1)
 
 
 @torch.no_grad()
 def sample_batches(denoiser, autoencoder, labels, config, steps):
-    """Generate an image for each label [n] -> batches (numbers, images), this process's share."""
+    """Generate an image for each label [n] -> batches (indices, images), this process's part."""
     device, largest_tilt = next(denoiser.parameters()).device, math.radians(config.tilt)
-    for numbers in in_batches(list(range(len(labels))))[process_number()::process_count()]:
-        noise = seeded_noise(numbers, denoiser.latent_shape, config.seed, steps).to(device)
-        y = labels[numbers].to(device)
+    for indices in index_batches(len(labels)):
+        noise = seeded_noise(indices, denoiser.latent_shape, config.seed, steps).to(device)
+        y = labels[indices].to(device)
         with autocast(device):
-            if config.method == "sphere-encoder":            # section 10
+            if config.method == "sphere-encoder":            # section 10: all steps share one noise
                 images = denoiser.sample(y, steps, config.cfg_scale, largest_tilt, noise[0])
             else:
-                images = autoencoder.decode(sample(denoiser, y, steps, config.cfg_scale,
-                                                   largest_tilt, noise, sphere=config.spherify))
+                z = sample(denoiser, y, steps, config.cfg_scale, largest_tilt, noise)
+                images = autoencoder.decode(z)
         if not images.isfinite().all():
             raise UserError("the samples are not finite: the weights of this run are damaged")
-        yield numbers, images.float().cpu()
+        yield indices, images.float().cpu()
 
 
 def sample_images(denoiser, autoencoder, labels, config, steps):
     """Generate an image for each label [n] -> all images [n, 3, H, W], in every process."""
     images = torch.zeros(len(labels), 3, config.image_size, config.image_size)
-    for numbers, some in sample_batches(denoiser, autoencoder, labels, config, steps):
-        images[numbers] = some
-    return sum_over_processes(images)
+    for indices, some in sample_batches(denoiser, autoencoder, labels, config, steps):
+        images[indices] = some
+    return sum_over_processes(images)                        # each drew its part
 
 
 def balanced_labels(count, num_classes):
-    """`count` labels, spread evenly over the classes, even if there are more classes than that."""
-    numbers = torch.arange(count)
-    return numbers * num_classes // count if count < num_classes else numbers % num_classes
+    """`count` labels, spread evenly over the classes, also when there are fewer than classes."""
+    if count < num_classes:
+        return torch.arange(count) * num_classes // count
+    return torch.arange(count) % num_classes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1533,19 +1576,19 @@ class InceptionFID(nn.Module):
 
     @staticmethod
     def replace_pool(block, use_maximum):
-        """torchvision pools a block's input inside forward. Put that aside; pool the input anew."""
+        """torchvision calls branch_pool(avg_pool2d(x)). Keep x; give branch_pool our pooling."""
         kept = {}
 
         def keep_input(block, inputs):
             kept["x"] = inputs[0]
 
-        def pool_anew(branch, pooled):
+        def pool_again(branch, pooled):
             if use_maximum:
                 return F.max_pool2d(kept["x"], 3, stride=1, padding=1)
             return F.avg_pool2d(kept["x"], 3, stride=1, padding=1, count_include_pad=False)
 
         block.register_forward_pre_hook(keep_input)
-        block.branch_pool.register_forward_pre_hook(pool_anew)
+        block.branch_pool.register_forward_pre_hook(pool_again)
 
     def forward(self, images):
         x = F.interpolate(images.float(), (299, 299), mode="bilinear", align_corners=False)
@@ -1556,8 +1599,8 @@ class InceptionFID(nn.Module):
 class UntrainedFeatures(nn.Module):
     """Images [B, 3, H, W] in [0, 1] -> features [B, 256] of convolutions with fixed random weights.
 
-    They need no download, and no run is nearer to them than another, for they have learned from
-    nothing. They compare runs on the same images and nothing else: their distance is not an FID.
+    They need no download and favour no run, because nothing was trained. They compare runs on the
+    same images and nothing else: their distance is not an FID.
     """
 
     def __init__(self):
@@ -1578,34 +1621,32 @@ class UntrainedFeatures(nn.Module):
 
 @torch.no_grad()
 def feature_statistics(network, batches):
-    """Batches of images, this process's share -> mean and covariance of the features of all, and
-    the Inception Score (over all images at once, from logits without bias, as in the original)."""
+    """Batches of images, this process's part -> mean and covariance of the features of all, and the
+    Inception Score (over all images at once, from logits without bias, as in the original)."""
     device = next(network.parameters()).device
-    total = None
+    totals = None
     for images in batches:
         images = (255 * images.to(device)).round() / 255     # 8 bits, as in image files
         features, logits = network(images)
-        f = features.double().cpu()                                          # [B, features]
-        sums = [torch.tensor(len(f)).double(), f.sum(0), f.T @ f]
+        features = features.double().cpu()                                   # [B, features]
+        sums = {"count": torch.tensor(float(len(features)), dtype=torch.float64),
+                "first": features.sum(0), "second": features.T @ features}
         if logits is not None:
             p = (logits - network.fc.bias).double().cpu().softmax(1)         # [B, 1008]
-            sums += [p.sum(0), torch.special.entr(p).sum()]
-        total = sums if total is None else [a + b for a, b in zip(total, sums)]
-    total = [sum_over_processes(x) for x in total]
-    n, first, second = total[:3]
-    mean = first / n
-    covariance = (second - n * torch.outer(mean, mean)) / (n - 1)
+            sums["p"] = p.sum(0)
+            sums["entropy"] = torch.special.entr(p).sum()
+        if totals is None:
+            totals = sums
+        else:
+            totals = {name: totals[name] + sums[name] for name in sums}
+    totals = {name: sum_over_processes(total) for name, total in totals.items()}
+    n, mean = totals["count"], totals["first"] / totals["count"]
+    covariance = (totals["second"] - n * torch.outer(mean, mean)) / (n - 1)
     score = None
-    if len(total) == 5:
-        score = (torch.special.entr(total[3] / n).sum() - total[4] / n).exp().item()
+    if "p" in totals:                                        # exp(H(mean p) - mean H(p))
+        entropy_of_mean = torch.special.entr(totals["p"] / n).sum()
+        score = (entropy_of_mean - totals["entropy"] / n).exp().item()
     return mean, covariance, score
-
-
-def images_in_batches(images):
-    """This process's share of a data set, as batches [B, 3, H, W]."""
-    batches = in_batches(list(range(len(images))))[process_number()::process_count()]
-    for x, _ in batch_loader(images, batches):
-        yield x
 
 
 def rebuild(autoencoder, x):
@@ -1621,8 +1662,8 @@ STEP_COUNTS = (1, 2, 4, 6)
 
 
 def evaluate_run(name, run, network, held_out, reference, unit):
-    """Yield the rows of the table for one run: rebuilt held-out images, the floor of all that
-    follows, then samples at 1, 2, 4 and 6 steps. The distance to `reference` is divided by unit."""
+    """Yield the rows of the table for one run: rebuilt held-out images, the floor for all others,
+    then samples at 1, 2, 4 and 6 steps. The distance to `reference` is divided by unit."""
     config, autoencoder, denoiser = run
     models = {autoencoder, denoiser}                         # one model in Sphere Encoder
     parameters = sum(p.numel() for model in models for p in model.parameters())
@@ -1630,15 +1671,15 @@ def evaluate_run(name, run, network, held_out, reference, unit):
     decibels = []
 
     def rebuilt_images():
-        for x in images_in_batches(held_out):
+        for x in iterate_images(held_out):
             y, psnr = rebuild(autoencoder, x)
             decibels.extend(psnr.tolist())
             yield y
 
     mean, covariance, _ = feature_statistics(network, rebuilt_images())
-    distance = frechet_distance(mean, covariance, *reference) / unit
+    fid = frechet_distance(mean, covariance, *reference) / unit
     yield {**row, "images": "rebuilt", "ms_per_image": "", "inception_score": "",
-           "psnr": f"{sum(decibels) / len(decibels):.2f}", "frechet_distance": f"{distance:.4f}"}
+           "psnr": f"{sum(decibels) / len(decibels):.2f}", "frechet_distance": f"{fid:.4f}"}
     labels = balanced_labels(config.eval_samples, denoiser.num_classes)
     for steps in STEP_COUNTS:
         began = time.perf_counter()
@@ -1647,10 +1688,10 @@ def evaluate_run(name, run, network, held_out, reference, unit):
         batches = sample_batches(denoiser, autoencoder, labels, config, steps)
         bar = progress(batches, f"{steps} steps", total=math.ceil(len(labels) / 100), leave=False)
         mean, covariance, score = feature_statistics(network, (images for _, images in bar))
-        distance = frechet_distance(mean, covariance, *reference) / unit
+        fid = frechet_distance(mean, covariance, *reference) / unit
         yield {**row, "images": f"{steps} steps", "ms_per_image": f"{milliseconds:.1f}", "psnr": "",
                "inception_score": "" if score is None else f"{score:.2f}",
-               "frechet_distance": f"{distance:.4f}"}
+               "frechet_distance": f"{fid:.4f}"}
 
 
 def evaluate(runs):
@@ -1660,22 +1701,24 @@ def evaluate(runs):
     untrained features, to the held-out images, in units of their variance.
     """
     configs = [config for config, _, _ in runs.values()]
-    config, device = configs[0], next(list(runs.values())[0][2].parameters()).device
+    config, _, denoiser = next(iter(runs.values()))
+    device = next(denoiser.parameters()).device
     kinds = {(other.dataset, other.data_dir, other.image_size, other.uses_rae())
              for other in configs}
     if len(kinds) > 1:
-        raise UserError("these runs have other images or autoencoders: evaluate them one by one")
+        raise UserError("these runs use different images or autoencoders: evaluate them one by one")
     held_out = load_images(config, "test")
     if config.uses_rae():
         network = InceptionFID(find_weights(INCEPTION, config.weights_dir)).to(device)
         real, unit = load_images(config, "train"), 1.0
-        mean, covariance, _ = feature_statistics(network, images_in_batches(real))
+        mean, covariance, _ = feature_statistics(network, iterate_images(real))
         say(f"Fréchet distance: FID-{config.eval_samples} to {len(real):,} training images")
         if config.eval_samples < 2048:
-            say("warning: far too high, for want of 2,048 samples or more; raise --eval-samples")
+            say("warning: biased upwards below 2,048 samples, the number of features; raise "
+                "--eval-samples")
     else:
         network = UntrainedFeatures().to(device)
-        mean, covariance, _ = feature_statistics(network, images_in_batches(held_out))
+        mean, covariance, _ = feature_statistics(network, iterate_images(held_out))
         unit = covariance.trace().clamp(min=1e-9).item()
         say(f"Fréchet distance: in untrained features, {config.eval_samples} samples to "
             f"{len(held_out):,} held-out images, in units of their variance")
@@ -1698,7 +1741,7 @@ class SphereEncoder(nn.Module):
     """The predecessor: an encoder E and a decoder D, trained together on pixels.
 
     E maps an image to a point on the sphere; D maps any point on the sphere, however noisy, to an
-    image, and so is the generator. Both get the label, and both start from PCA of patches.
+    image, and so is the generator. Both get the label. That both start from PCA of patches is ours.
     """
 
     def __init__(self, config, num_classes):
@@ -1733,8 +1776,8 @@ class SphereEncoder(nn.Module):
     def sample(self, labels, steps=4, cfg_scale=1.0, angle=math.radians(85), noise=None):
         """Random points on the sphere -> images [B, 3, H, W]. E and D both run in every step.
 
-        All steps have the same noise [B, N, C] and angle, which its paper found best. Guidance acts
-        on both halves, with the square root of cfg_scale each.
+        The first point is f(noise); all steps tilt with the same noise [B, N, C] and angle, which
+        its paper found best. Guidance acts on both halves, with the square root of cfg_scale each.
         """
         if noise is None:
             noise = torch.randn(len(labels), *self.latent_shape, device=labels.device)
@@ -1764,7 +1807,7 @@ class PerceptualDistance(nn.Module):
             if isinstance(layer, nn.MaxPool2d):
                 features_a, features_b = F.normalize(x.float(), dim=1).chunk(2)      # as in LPIPS
                 total = total + (features_a - features_b).square().sum(1).mean()
-                if x.shape[-1] == 1:                         # small images end here
+                if x.shape[-1] == 1:                         # 1 x 1 maps cannot be pooled
                     break
             x = layer(x)
         return total
@@ -1776,7 +1819,7 @@ class PerceptualDistance(nn.Module):
 
 def picture(path, rows, row_names, column_names=()):
     """Write a sheet of images: rows is a list of [n, 3, H, W] in [0, 1], with a name for each."""
-    if process_number() > 0:
+    if rank() > 0:
         return
     from matplotlib.figure import Figure
     side, columns = rows[0].shape[-1], len(rows[0])
@@ -1793,7 +1836,7 @@ def picture(path, rows, row_names, column_names=()):
     axes.set_xticks(middles[:len(column_names)], names[len(rows):], parse_math=False)
     axes.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
-    with replacing(path) as temporary:
+    with write_then_rename(path) as temporary:
         figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
 
 
@@ -1816,7 +1859,7 @@ def reconstruction_figure(autoencoder, images, path):
 
 def loss_figure(log, path):
     """The three losses, unweighted, against the number of updates."""
-    if process_number() > 0:
+    if rank() > 0:
         return
     from matplotlib.figure import Figure
     figure = Figure((6, 3.5), dpi=128)
@@ -1825,7 +1868,7 @@ def loss_figure(log, path):
         axes.plot([row["step"] for row in log], [row[name] for row in log], label=name, lw=1)
     axes.set(xlabel="updates", ylabel="loss, unweighted", yscale="log")
     axes.legend(fontsize=8)
-    with replacing(path) as temporary:
+    with write_then_rename(path) as temporary:
         figure.savefig(temporary, format="png", bbox_inches="tight")
 
 
@@ -1857,13 +1900,14 @@ def check_inputs(config):
         except UserError as error:
             problems.append(str(error))
             advice = "python sphere_latent.py train"         # the drawn flowers need no files
-    for name in (*HUGGING_FACE_FILES, INCEPTION) if config.uses_rae() else ():
+    names = [*HUGGING_FACE_FILES, INCEPTION] if config.uses_rae() else []
+    for name in names:
         try:
             find_weights(name, config.weights_dir)
         except UserError as error:
             problems.append(f"{error}: put it in a folder and add --weights-dir FOLDER")
     if problems:
-        raise UserError(";\n  ".join(problems) + f".\nThis needs none of it: {advice}")
+        raise UserError(";\n  ".join(problems) + f".\nTo train without these files: {advice}")
 
 
 def prepare_folder(config, resume, overwrite):
@@ -1875,18 +1919,19 @@ def prepare_folder(config, resume, overwrite):
         raise UserError(f"{folder} already holds a run: go on with it (train --resume {name}), "
                         "replace it (--overwrite) or choose another folder (--out)")
     folder.mkdir(parents=True, exist_ok=True)
-    sum_over_processes(torch.zeros(1))                       # all have looked
-    if process_number() == 0:
-        for name in RUN_FILES if overwrite else ():
-            (folder / name).unlink(missing_ok=True)
-        with replacing(folder / "config.json") as temporary:
+    wait_for_all_processes()                                 # nobody deletes before all have looked
+    if rank() == 0:
+        if overwrite:
+            for name in RUN_FILES:
+                (folder / name).unlink(missing_ok=True)
+        with write_then_rename(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(vars(config), indent=1) + "\n")
-    sum_over_processes(torch.zeros(1))
+    wait_for_all_processes()
     return folder
 
 
 def frozen_autoencoder(config, images, folder, device):
-    """The published RAE, or a TinyRAE that is trained now, or was in this run folder."""
+    """The published RAE, or a TinyRAE that is trained now or loaded from this run folder."""
     torch.manual_seed(config.seed)
     autoencoder = load_autoencoder(config.autoencoder, config).to(device)
     if isinstance(autoencoder, RAE):
@@ -1895,9 +1940,9 @@ def frozen_autoencoder(config, images, folder, device):
     if checkpoint_path.exists():
         autoencoder.load_state_dict(read_checkpoint(checkpoint_path)["autoencoder"])
     else:
-        if process_number() == 0 and not path.exists():
+        if rank() == 0 and not path.exists():
             save_checkpoint(path, fit_tiny_rae(autoencoder, images, config).state_dict())
-        sum_over_processes(torch.zeros(1))
+        wait_for_all_processes()
         load_weights(autoencoder, path)
     return autoencoder.eval().requires_grad_(False)
 
@@ -1909,14 +1954,13 @@ def fit_denoiser(config, autoencoder, images, folder):
     denoiser = denoiser_for(config, autoencoder.latent_shape, len(images.classes))
     denoiser.to(next(autoencoder.parameters()).device)
     network = torch.compile(denoiser) if config.compile else denoiser
-    project = spherify if config.spherify else torch.Tensor.float
 
     def losses(x, labels, e, alpha_small, alpha_large):
         if x.dim() == 4:                                     # there was no room for the latents
             with torch.no_grad():
                 x = autoencoder.encode(x)
         z = x.float()                                                        # [B, N, C]
-        return sphere_losses(network, project, project(z), z, labels, e, alpha_small, alpha_large,
+        return sphere_losses(network, spherify, spherify(z), z, labels, e, alpha_small, alpha_large,
                              config)
 
     def draw_samples(average):
@@ -1932,7 +1976,7 @@ def fit_sphere_encoder(config, images, folder, device):
     """Train a SphereEncoder on the images -> the model (averaged weights)."""
     torch.manual_seed(config.seed)
     model = SphereEncoder(config, len(images.classes))
-    model.pca.fit(some_images(images, 2000, config.seed))
+    model.pca.fit(random_images(images, 2000, config.seed))
     model.to(device)
     perceptual = None
     if config.dataset != "drawn":                            # drawings are learned offline
@@ -1974,13 +2018,13 @@ def train(config, resume=False, overwrite=False):
     else:
         autoencoder = frozen_autoencoder(config, images, folder, device)
         denoiser = fit_denoiser(config, autoencoder, images, folder)
-    if process_number() == 0:
+    if rank() == 0:
         (folder / "autoencoder.pt").unlink(missing_ok=True)  # checkpoint.pt holds it as well
         (folder / "latents.bin").unlink(missing_ok=True)
     loss_figure(read_checkpoint(folder)["log"], folder / "loss.png")
     reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
     rows = evaluate({folder.name: (config, autoencoder, denoiser)})
-    if process_number() == 0:
+    if rank() == 0:
         write_table(folder / "evaluation.csv", rows)
     return folder
 
@@ -2017,7 +2061,7 @@ def refuse_unused_flags(given, config):
     if config.dataset == "drawn":
         unused += ["data_dir"]
     if config.method == "sphere-encoder":
-        unused += ["autoencoder", "autoencoder_steps", "spherify", "compile"]
+        unused += ["autoencoder", "autoencoder_steps", "compile"]
     elif config.uses_rae():
         unused += ["patch_size", "latent_channels", "autoencoder_steps"]
     if not config.uses_rae() and (config.method == "sphere-latent" or config.dataset == "drawn"):
@@ -2030,14 +2074,13 @@ def refuse_unused_flags(given, config):
 
 
 def train_command(given):
-    """Train a model. It leaves a run folder with checkpoint, pictures and distances."""
-    overwrite = given.pop("overwrite", False)
+    """Train a model; write its checkpoint, pictures and distances to a run folder."""
     if "resume" in given:
         folder = pathlib.Path(given.pop("resume")).expanduser()
         folder = folder.parent if folder.is_file() else folder               # RUN/checkpoint.pt
-        others = set(given) - {"train_steps", "data_dir", "device"}
-        if others or overwrite:
-            flag = "--" + min(others | {"overwrite"}).replace("_", "-")
+        unwanted = sorted(set(given) - {"train_steps", "data_dir", "device"})
+        if unwanted:
+            flag = "--" + unwanted[0].replace("_", "-")
             raise UserError(f"{flag} with --resume: a run goes on with its own settings; only "
                             "--train-steps, --data-dir and --device may be new")
         if not (folder / "config.json").exists():
@@ -2050,6 +2093,7 @@ def train_command(given):
         refuse_unused_flags(given, config)
         train(config, resume=True)
     else:
+        overwrite = given.pop("overwrite", False)
         if "data_dir" in given:
             given.setdefault("dataset", "folder")
         choices = {name: given[name] for name in ("method", "autoencoder") if name in given}
@@ -2153,6 +2197,7 @@ def build_parser():
 def main(argv=None):
     """Run one command -> exit code: 0, 2 for what the user can put right, 130 for Ctrl-C."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():       # torchrun
+        # gloo for tensors on the CPU (sums of losses, flags), nccl for gradients on GPUs
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backends, timeout=datetime.timedelta(days=1))
     code = 2
@@ -2162,12 +2207,14 @@ def main(argv=None):
         return 0
     except SystemExit as leaving:                            # argparse, after --help
         return leaving.code or 0
-    except (Stopped, KeyboardInterrupt) as stopped:
-        message, code = str(stopped) or "stopped; training goes on with train --resume RUN", 130
+    except KeyboardInterrupt as stopped:
+        message = str(stopped) or "stopped; training goes on with train --resume RUN"
+        code = 130
     except torch.OutOfMemoryError as error:
         message = f"{error}; raise --accumulate, or lower --batch-size"
     except (UserError, OSError) as error:
-        message = str(error).split("UserError: ")[-1].strip()                # not a worker's trace
+        # an error from a DataLoader worker begins with its traceback
+        message = str(error).split("UserError: ")[-1].strip()
     print(f"sphere_latent.py: {message}", file=sys.stderr)
     return code
 

@@ -2,7 +2,6 @@
 import dataclasses
 import fcntl
 import io
-import json
 import pathlib
 import runpy
 import shlex
@@ -52,8 +51,7 @@ def test_values_that_no_setting_takes(trained, capsys, field):
 
 
 @pytest.mark.parametrize("words", [                          # the last one is at fault
-    "paint", "train now", "train --train", "train --seed", "train --flips=yes", "train --no-seed",
-    "train --train-steps=0", "train --train-steps=1.5", "train --learning-rate=-1",
+    "paint", "train now", "train --train", "train --seed", "train --flips=yes", "train --steps=0",
     # settings that do not go together
     "train --image-size=50", "train --patch-size=5 --image-size=15", "train --autoencoder dinov2-b",
     "train --patch-size 4 --latent-channels=49", "train --batch-size 9 --accumulate=2",
@@ -104,25 +102,17 @@ def test_importing_does_nothing(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
-def test_training_works_from_a_thread_and_without_locks(tmp_path, monkeypatch):
+def test_training_works_from_a_thread_without_locks_and_in_the_home_folder(tmp_path, monkeypatch):
     """Signal handlers belong to the main thread; a network disk may not lock files."""
     for name in ("flock", "lockf"):
         monkeypatch.setattr(fcntl, name, lambda *arguments: 1 / 0)
-    codes, words = [], ["train", *SMALL, "--out", tmp_path]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    codes = []
+    words = ["train", *SMALL, "--out=~/runs/a"]
     thread = threading.Thread(target=lambda: codes.append(run(*words)))
     thread.start()
     thread.join()
-    assert codes == [0]
-
-
-def test_a_tilde_is_the_home_folder_and_ctrl_c_ends_in_one_line(tmp_path, monkeypatch, capsys):
-    def press_ctrl_c(config, split):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(sl, "load_images", press_ctrl_c)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert run("train", *SMALL, "--out=~/runs/a") == 130
-    assert json.loads((tmp_path / "runs/a/config.json").read_text())["image_size"] == 16
-    assert capsys.readouterr().err.count("\n") == 1
+    assert codes == [0] and (tmp_path / "runs/a/samples.png").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "checkpoint.pt"])
@@ -132,11 +122,11 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys, name):
     assert (tmp_path / name).read_text() == "of another program"
 
 
-def test_overwrite_replaces_a_run_and_leaves_other_files(tmp_path):
-    (tmp_path / "checkpoint.pt").write_text("old")
-    (tmp_path / "notes.txt").write_text("mine")
+def test_overwrite_replaces_a_run_and_nothing_else(tmp_path):
+    for name in ("checkpoint.pt", "notes.txt"):
+        (tmp_path / name).write_text("old")
     assert run("train", *SMALL, "--overwrite", "--out", tmp_path) == 0
-    assert sl.load_run(tmp_path) and (tmp_path / "notes.txt").read_text() == "mine"
+    assert sl.load_run(tmp_path) and (tmp_path / "notes.txt").read_text() == "old"
 
 
 def test_a_run_goes_on_by_the_name_of_its_checkpoint(small_run, trained):

@@ -82,7 +82,7 @@ def test_folders_train_and_val_are_the_split(tmp_path, name):
 UPRIGHT = np.array([[0, 80], [160, 240]], np.uint8).repeat(8, 0).repeat(8, 1)
 STORED = [UPRIGHT, UPRIGHT[:, ::-1], UPRIGHT[::-1, ::-1], UPRIGHT[::-1], UPRIGHT.T,
           np.rot90(UPRIGHT), UPRIGHT[::-1, ::-1].T, np.rot90(UPRIGHT, -1)]       # EXIF 1 to 8
-CHECKERBOARD = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+CHECKERBOARD = (np.indices((48, 48)).sum(0) % 2 * 255).astype(np.uint8)
 
 
 def plain(mode, color, size=(9, 9)):
@@ -166,6 +166,6 @@ def test_a_class_whose_only_image_is_broken_is_refused(tmp_path, capsys, monkeyp
 
 def test_batches_depend_on_seed_and_step_alone():
     def batches(first, seed=0):
-        return list(sl.random_batches(20, sl.Config(batch_size=6, seed=seed), first, 30))
+        return list(sl.random_index_batches(20, sl.Config(batch_size=6, seed=seed), first, 30))
     assert batches(0)[3:] == batches(3) and batches(0) != batches(0, seed=1)
     assert len(set(map(tuple, batches(0)))) == 30 and set(sum(batches(0), [])) == set(range(20))

@@ -61,7 +61,6 @@ def test_noisy_spherify_is_the_form_of_the_papers(seed, alpha):
 def test_orthogonal_noise_tilts_each_image_by_exactly_its_angle(seed, alpha):
     (v, e), alphas = point_and_noise(seed), torch.tensor([alpha, alpha / 2, 1e-4])
     assert_close(sl.angle_between(v, sl.noisy_spherify(v, e, alphas)), alphas, 2e-6)
-    assert_close(sl.tilt(v, e, alphas), sl.noisy_spherify(v, e, alphas))     # is on the sphere
 
 
 @given(seeds, st.floats(0, 1))
@@ -76,7 +75,8 @@ def test_slerp_goes_from_a_to_b_at_constant_speed(seed, t):
 @pytest.mark.parametrize("angle", [0.0, 1e-6, 9e-4, 2e-3, 1e-2])
 def test_slerp_between_near_points_does_not_divide_by_zero(angle):
     v, e = point_and_noise(0)
-    assert_close(sl.slerp(v, sl.tilt(v, e, angle), 0.5), sl.tilt(v, e, angle / 2), 1e-5)
+    middle = sl.slerp(v, sl.noisy_spherify(v, e, angle), 0.5)
+    assert_close(middle, sl.noisy_spherify(v, e, angle / 2), 1e-5)
 
 
 @pytest.mark.parametrize("name, level, mean, std", [

@@ -32,8 +32,7 @@ def resume(folder, *flags):
     return sl.main(["train", "--resume", str(folder), "--device", "cpu", *flags])
 
 
-def saved(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+saved = sl.read_checkpoint
 
 
 def assert_same_weights(a, b):
@@ -63,11 +62,12 @@ def ctrl_c(losses):
 
 @pytest.mark.parametrize("number, action, step", [(1, die, 0), (5, die, 3), (4, ctrl_c, 4)],
                          ids=["after the autoencoder", "after a checkpoint", "Ctrl-C"])
-def test_a_resumed_run_equals_the_unbroken_one(small_run, tmp_path, monkeypatch, number, action,
-                                               step):
+def test_a_resumed_run_equals_the_unbroken_one(small_run, tmp_path, monkeypatch, capsys, number,
+                                               action, step):
     with monkeypatch.context() as patch:
         at_update(number, action, patch)
         assert train(tmp_path) == 130
+    assert "train --resume" in capsys.readouterr().err.splitlines()[-1]
     assert step == 0 or saved(tmp_path)["step"] == step
     assert resume(tmp_path) == 0
     assert_same_weights(tmp_path, small_run)
@@ -103,29 +103,19 @@ def test_a_finished_run_can_be_trained_longer(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(sl, "fit_tiny_rae", lambda *arguments: pytest.fail("trained once more"))
     assert resume(folder, "--train-steps", "9") == 0
     before, after = saved(small_run), saved(folder)
-    assert after["step"] == 9
     assert not torch.equal(after["model"]["head.weight"], before["model"]["head.weight"])
     torch.testing.assert_close(after["autoencoder"], before["autoencoder"], rtol=0, atol=0)
-
-
-def test_the_log_goes_on_where_it_ended(small_run, tmp_path):
-    folder = shutil.copytree(small_run, tmp_path / "run")
-    assert resume(folder, "--train-steps", "7") == 0
     with open(folder / "log.csv") as file:
         rows = [{name: float(text) for name, text in row.items()} for row in csv.DictReader(file)]
-    assert [row["step"] for row in rows] == [6, 7]
-    assert rows == saved(folder)["log"]
+    assert rows == after["log"] and [row["step"] for row in rows] == [6, after["step"]] == [6, 9]
+    rate = after["optimizer"]["param_groups"][0]["lr"]
+    assert rate == pytest.approx(sl.learning_rate_at(8, 9, 3e-3))
 
 
 @pytest.mark.parametrize("step, share", [(0, 1 / 50), (24, 0.5), (49, 1), (500, 1), (750, 0.5),
                                          (999, 0.002)])
 def test_the_learning_rate_warms_up_holds_and_decays(step, share):
     assert sl.learning_rate_at(step, 1000, 3e-3) == pytest.approx(3e-3 * share)
-
-
-def test_the_loop_uses_that_learning_rate(small_run):
-    rate = saved(small_run)["optimizer"]["param_groups"][0]["lr"]
-    assert rate == pytest.approx(sl.learning_rate_at(5, 6, 3e-3))
 
 
 def test_the_average_is_an_exponential_moving_average():
@@ -172,6 +162,7 @@ def test_a_failing_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
     def fail_halfway(state, target):
         target.write_bytes(b"half")
         raise error
+
     path = tmp_path / "checkpoint.pt"
     sl.save_checkpoint(path, {"step": 3})
     monkeypatch.setattr(torch, "save", fail_halfway)

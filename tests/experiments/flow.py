@@ -32,7 +32,7 @@ def fit_flow(config, z, labels):
     model = sl.denoiser_for(config, tuple(z.shape[1:]), classes)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    for step, numbers in enumerate(sl.random_batches(len(z), config, 0, config.train_steps)):
+    for step, numbers in enumerate(sl.random_index_batches(len(z), config, 0, config.train_steps)):
         rate = sl.learning_rate_at(step, config.train_steps, config.learning_rate)
         optimizer.param_groups[0]["lr"] = rate
         generator = sl.seeded_generator(config.seed, step)
