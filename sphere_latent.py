@@ -396,7 +396,8 @@ def open_image(path, size):
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits per channel")
         image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode no more than is needed
-        image = ImageOps.exif_transpose(image)
+        with contextlib.suppress(Exception):                 # EXIF that is no EXIF says nothing
+            image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -457,6 +458,16 @@ def read_images(files):
     return PixelImages(torch.stack(pixels), labels, files.classes)
 
 
+def is_loop(folder, root):
+    """Is a folder below root, by way of links, one that contains it?"""
+    real = os.path.realpath(folder)
+    while len(folder) > len(root):
+        folder = os.path.dirname(folder)
+        if (os.path.realpath(folder) + os.sep).startswith(real + os.sep):
+            return True
+    return False
+
+
 def find_image_files(root):
     """All image files below a folder -> {class name: sorted paths}.
 
@@ -466,11 +477,8 @@ def find_image_files(root):
     from torchvision.datasets.folder import IMG_EXTENSIONS
     found, without_images = {}, {}
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        real, parent = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
-        # a loop is a link to a folder that contains it
-        is_loop = folder != root and (parent + os.sep).startswith(real + os.sep)
-        is_run_folder = "config.json" in files or "checkpoint.pt" in files
-        if is_loop or is_run_folder:
+        is_run_folder = "checkpoint.pt" in files or {"config.json", "samples.png"} <= set(files)
+        if is_run_folder or is_loop(folder, root):
             subfolders.clear()                               # os.walk does not go into them
             continue
         subfolders[:] = [name for name in subfolders if name[0] != "." and name != "__MACOSX"]
@@ -839,6 +847,7 @@ class PixelDecoder(nn.Module):
             nn.GELU(), nn.Conv2d(hidden, hidden, 3, padding=1)) for _ in range(2)])
         self.conv_out = nn.Conv2d(hidden, 12, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
         self.to(memory_format=torch.channels_last)           # the faster layout on a CPU
 
     def forward(self, z, image, labels=None):
@@ -1014,9 +1023,12 @@ class RAE(nn.Module):
             load_weights(self.decoder, find_weights("model.pt", weights_dir))
             path = find_weights("stat.pt", weights_dir)
             statistics = read_weights(path)                                  # [C, 16, 16] or [C]
-        for name in ("mean", "var"):
-            values = statistics[name].float().reshape(768, -1).T             # [N, C] or [1, C]
-            self.register_buffer("latent_" + name, values.contiguous())
+        try:
+            for name in ("mean", "var"):
+                values = statistics[name].float().reshape(768, -1).T         # [N, C] or [1, C]
+                self.register_buffer("latent_" + name, values.contiguous())
+        except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} holds no mean and var of 768 channels ({error!r})") from None
         self.eval().requires_grad_(False)
 
     def encode(self, images):
@@ -1087,8 +1099,9 @@ def slerp(a, b, t):
     t = torch.as_tensor(t, dtype=torch.float32, device=a.device).view(shape)
     omega = angle_between(a, b).view(shape)
     on_arc = torch.sin((1 - t) * omega) * a + torch.sin(t * omega) * b
+    on_arc = on_arc / omega.clamp(min=1e-3)                  # f would leave a short one short
     on_line = torch.lerp(a, b, t)                            # for tiny angles on_arc vanishes
-    return spherify(torch.where(omega < 1e-3, on_line, on_arc))      # no division by sin(omega)
+    return spherify(torch.where(omega < 1e-3, on_line, on_arc))
 
 
 def sample_angles(batch, config, generator=None):
@@ -2009,6 +2022,8 @@ def train(config, resume=False, overwrite=False):
     images, held_out = load_images(config, "train"), load_images(config, "test")
     counts = torch.bincount(images.labels, minlength=len(images.classes)).tolist()
     shown = [f"{name} {count}" for name, count in zip(images.classes, counts)][:12]
+    if 0 in counts:
+        raise UserError(f"no image of class {images.classes[counts.index(0)]} can be read")
     say(f"{len(images):,} images to learn and {len(held_out):,} to compare with, of {len(counts)} "
         f"classes: {', '.join(shown)}{', ...' if len(counts) > 12 else ''}")
     say(f"device {device}, {config.train_steps:,} updates of {config.batch_size} images, "

@@ -35,9 +35,9 @@ def resume(folder, *flags):
 saved = sl.read_checkpoint
 
 
-def assert_same_weights(a, b):
+def assert_same_weights(a, b, tolerance=0.0):                # bit for bit, if nothing else is said
     for part in ("model", "average", "autoencoder"):
-        torch.testing.assert_close(saved(a)[part], saved(b)[part], rtol=0, atol=0)   # bit for bit
+        torch.testing.assert_close(saved(a)[part], saved(b)[part], rtol=0, atol=tolerance)
 
 
 def at_update(number, action, monkeypatch):
@@ -125,22 +125,11 @@ def test_the_average_is_an_exponential_moving_average():
     torch.testing.assert_close(average.weight, expected)
 
 
-def test_a_batch_in_parts_gives_the_same_gradients(generator):
-    config = sl.Config(image_size=16, patch_size=8, latent_channels=8, batch_size=8)
-    z, labels = torch.randn(8, 4, 8, generator=generator), torch.arange(8) % 3
-    results = []
-    for config.accumulate in (1, 4):
-        torch.manual_seed(0)
-        model = sl.denoiser_for(config, (4, 8), num_classes=3)
-        torch.nn.init.normal_(model.head.weight, std=0.1)    # else the other gradients are zero
-
-        def losses(z, *others):
-            return sl.sphere_losses(model, sl.spherify, sl.spherify(z), z, *others, config)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        sl.update(model, sl.Objective(model, losses), optimizer, z, labels, config, step=3)
-        gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]
-        results.append([gradients, list(model.parameters())])
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
+def test_a_batch_in_parts_gives_the_same_gradients_and_weights(small_run, tmp_path):
+    assert train(tmp_path, "--accumulate", "4") == 0
+    assert_same_weights(tmp_path, small_run, 1e-6)
+    norm, other_norm = [saved(run)["log"][-1]["gradient_norm"] for run in (small_run, tmp_path)]
+    assert other_norm == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("spoil", [
@@ -157,11 +146,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, 
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-@pytest.mark.parametrize("error", [OSError("no space"), RuntimeError("file write failed")])
-def test_a_failing_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
+def test_a_failing_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     def fail_halfway(state, target):
         target.write_bytes(b"half")
-        raise error
+        raise RuntimeError("file write failed")              # what torch says of a full disk
 
     path = tmp_path / "checkpoint.pt"
     sl.save_checkpoint(path, {"step": 3})
@@ -169,21 +157,6 @@ def test_a_failing_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
     with pytest.raises(sl.UserError, match="kept"):
         sl.save_checkpoint(path, {"step": 6})
     assert torch.load(path)["step"] == 3
-
-
-class Attack:
-    def __reduce__(self):                                    # what unpickling it does
-        return os.mkdir, ("made",)
-
-
-def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"step": Attack()}, "checkpoint.pt")
-    with pytest.raises(sl.UserError, match="cannot be read"):
-        sl.load_run(tmp_path)
-    assert not (tmp_path / "made").exists()
-    torch.load("checkpoint.pt", weights_only=False)
-    assert (tmp_path / "made").exists()                      # the attack is a real one
 
 
 def test_latents_of_images_and_mirror_images_are_in_a_file(small_run, tmp_path, monkeypatch):
@@ -205,5 +178,6 @@ def test_without_room_for_latents_every_update_encodes(tmp_path, monkeypatch, ca
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
     assert train(tmp_path / "none", "--no-flips") == 0
     assert "no room" in capsys.readouterr().out
-    expected = [row["total"] for row in saved(tmp_path / "file")["log"]]     # of float16 latents
-    assert [row["total"] for row in saved(tmp_path / "none")["log"]] == pytest.approx(expected, 1e-3)
+    losses, others = [[row["total"] for row in saved(tmp_path / name)["log"]]
+                      for name in ("file", "none")]
+    assert others == pytest.approx(losses, rel=1e-3)         # in the file they are float16
