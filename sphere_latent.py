@@ -396,13 +396,14 @@ def open_image(path, size):
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits per channel")
         image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode no more than is needed
-        with contextlib.suppress(Exception):                 # EXIF that is no EXIF says nothing
+        with contextlib.suppress(Exception):                 # damaged EXIF is no reason to refuse
             image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         side = min(image.size)
-        return ImageOps.fit(image.convert("RGB"), (side, side))              # crops, does not scale
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        return image.convert("RGB").crop((left, top, left + side, top + side))
     except Exception as error:                               # decoders raise errors of any kind
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
 
@@ -498,7 +499,7 @@ def find_image_files(root):
 def split_by_name(images, held_out):
     """The tenth of ImageFiles that is held out, or the other nine tenths.
 
-    Chosen by a hash of the file name: it stays the same when images are added. The last image of a
+    Chosen by a hash of the file name: it hardly changes when images are added. The last image of a
     class is never held out. Of fewer than 20 images none is; then both parts are the whole set.
     """
     def name_hash(pair):
@@ -1124,8 +1125,8 @@ def sample_angles(batch, config, generator=None):
         r = (torch.arange(batch, device=device) + within_interval) / batch
         alpha_large = torch.atan(r * math.tan(largest))
     s = config.small_ratio * torch.rand(batch, generator=generator, device=device)
-    # atan(s tan(alpha_large)), finite at 90 degrees as well
-    alpha_small = torch.atan2(s * alpha_large.sin(), alpha_large.cos())
+    # atan(s tan(alpha_large)), finite at 90 degrees as well, where a rounded cosine may be negative
+    alpha_small = torch.atan2(s * alpha_large.sin(), alpha_large.cos().clamp(min=0))
     return alpha_small, alpha_large
 
 
