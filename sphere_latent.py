@@ -813,7 +813,7 @@ class PatchPCA(nn.Module):
     @torch.no_grad()
     def fit(self, images):
         """Compute mean and patterns from images [n, 3, H, W]."""
-        patches = self.patches(images).flatten(0, 1)                         # [n N, P]
+        patches = self.patches(images).flatten(0, 1).cpu().double()          # [n N, P]
         variances, patterns = torch.linalg.eigh(torch.cov(patches.T))        # ascending
         variances = variances.flip(0)[:self.channels].clamp(min=1e-8)        # [C]
         patterns = patterns.flip(1)[:, :self.channels]                       # [P, C]
@@ -1408,8 +1408,12 @@ def restore(parts, classes, state, path):
     for name in (*parts, "log"):
         if name not in state:
             raise UserError(f"{path} has no {name}: it can be sampled from, but not trained on")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} does not fit this program: {reason}") from None
 
 
 def fit(model, losses, dataset, classes, config, folder, keep, on_save):

@@ -72,21 +72,21 @@ def test_labels_are_spread_evenly(count, num_classes, expected):
     assert sl.balanced_labels(count, num_classes).tolist() == expected
 
 
-def test_an_image_depends_on_seed_label_and_number_alone(small_run, monkeypatch):
+def test_an_image_depends_on_seed_label_and_number_alone(small_run):
     config, autoencoder, denoiser = sl.load_run(small_run)
     torch.nn.init.normal_(denoiser.head.weight)              # six updates have not taught it much
 
     def images(*labels):
         return sl.sample_images(denoiser, autoencoder, torch.tensor(labels), config, steps=2)
 
-    four, five = images(4, 5)
-    for labels in ((4, 9), (4, 5, 6, 7, 8)):                 # in other company
-        torch.testing.assert_close(images(*labels)[0], four, rtol=0, atol=1e-4)
-    monkeypatch.setattr(sl, "in_batches", lambda numbers: [[number] for number in numbers])
-    torch.testing.assert_close(images(4, 5)[1], five, rtol=0, atol=1e-4)
-    assert (images(5, 4)[1] - four).abs().max() > 0.01       # another number
+    [first] = images(4)
+    many = images(4, *101 * [5])                             # more than a batch of 100
+    torch.testing.assert_close(many[0], first, rtol=0, atol=1e-4)
+    torch.testing.assert_close(images(*120 * [5])[101], many[101], rtol=0, atol=1e-4)
+    assert (many[100] - many[101]).abs().max() > 0.01        # another number
+    assert (images(5)[0] - first).abs().max() > 0.01         # another label
     config.seed = 1
-    assert (images(4)[0] - four).abs().max() > 0.01          # another seed
+    assert (images(4)[0] - first).abs().max() > 0.01         # another seed
 
 
 def test_a_loaded_run_samples_with_the_averaged_weights(small_run):
