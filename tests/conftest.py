@@ -3,6 +3,7 @@ import functools
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"                          # torch reads it when it is imported
@@ -57,6 +58,35 @@ def small_run(small_sizes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "small"
     assert sl.main(["train", *SMALL, "--out", str(folder)]) == 0
     return folder
+
+
+# Where the CPU does not multiply bf16, half of the default's updates: the whole takes too long here.
+HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+UPDATES = [] if HAS_BF16 else ["--autoencoder-steps", "200", "--train-steps", "500"]
+
+
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory):
+    """`train` with the sizes that users get, started and not waited for -> (process, its folder)."""
+    folder = tmp_path_factory.mktemp("default")
+    command = [sys.executable, str(ROOT / "sphere_latent.py"), "train", *UPDATES]
+    with open(folder / "output", "w") as output:
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output)
+    yield process, folder
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def start_early(request):
+    """The default run is started first and looked at last: the other tests run beside it."""
+    if any("default_run" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("default_run")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None,
+                                 "default_run" in item.fixturenames))
 
 
 @pytest.fixture
