@@ -1700,14 +1700,15 @@ def evaluate_run(name, run, network, held_out, reference, unit):
            "psnr": f"{sum(decibels) / len(decibels):.2f}", "frechet_distance": f"{fid:.4f}"}
     labels = balanced_labels(config.eval_samples, denoiser.num_classes)
     for steps in STEP_COUNTS:
+        what = "1 step" if steps == 1 else f"{steps} steps"
         began = time.perf_counter()
         sample_images(denoiser, autoencoder, labels[:50], config, steps)
         milliseconds = 1000 * (time.perf_counter() - began) / len(labels[:50])
         batches = sample_batches(denoiser, autoencoder, labels, config, steps)
-        bar = progress(batches, f"{steps} steps", total=math.ceil(len(labels) / 100), leave=False)
+        bar = progress(batches, what, total=math.ceil(len(labels) / 100), leave=False)
         mean, covariance, score = feature_statistics(network, (images for _, images in bar))
         fid = frechet_distance(mean, covariance, *reference) / unit
-        yield {**row, "images": f"{steps} steps", "ms_per_image": f"{milliseconds:.1f}", "psnr": "",
+        yield {**row, "images": what, "ms_per_image": f"{milliseconds:.1f}", "psnr": "",
                "inception_score": "" if score is None else f"{score:.2f}",
                "frechet_distance": f"{fid:.4f}"}
 

@@ -20,14 +20,14 @@ def test_the_default_run_makes_flowers(default_run, whole):
         assert (run / name).stat().st_size > 0
     with open(run / "evaluation.csv") as file:
         rows = {row["images"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["rebuilt", "1 steps", "2 steps", "4 steps", "6 steps"]
+    assert list(rows) == ["rebuilt", "1 step", "2 steps", "4 steps", "6 steps"]
     assert float(rows["rebuilt"]["psnr"]) > 29
-    assert float(rows["4 steps"]["frechet_distance"]) < float(rows["1 steps"]["frechet_distance"])
+    assert float(rows["4 steps"]["frechet_distance"]) < float(rows["1 step"]["frechet_distance"])
 
     train, held_out = sl.drawn_images("train", 64), sl.drawn_images("test", 64)
     scores = Scores(train, held_out)
     found = {what: score for what, _, score in judge_run(scores, run, held_out, step_counts=(1, 4))}
     assert found["rebuilt"]["named"] > 0.99
     assert found["4 steps"]["named"] > 0.95
-    assert found["4 steps"]["judge"] < 0.11 < found["1 steps"]["judge"]
+    assert found["4 steps"]["judge"] < 0.11 < found["1 step"]["judge"]
     assert found["4 steps"]["seams"] < 2

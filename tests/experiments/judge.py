@@ -113,7 +113,7 @@ def judge_run(scores, run, held_out, samples=600, seed=1234, step_counts=sl.STEP
     labels = sl.balanced_labels(samples, denoiser.num_classes)
     for steps in step_counts:
         images = sl.sample_images(denoiser, autoencoder, labels, config, steps)
-        yield f"{steps} steps", None, scores(images, labels)
+        yield "1 step" if steps == 1 else f"{steps} steps", None, scores(images, labels)
 
 
 def main():
