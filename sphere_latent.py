@@ -1159,8 +1159,8 @@ def latent_consistency_loss(v_hat_large, v):
 
     It ties the view with much noise to the data itself, in direction alone.
     """
-    cosine = F.cosine_similarity(v_hat_large.float().flatten(1), v.detach().flatten(1))      # [B]
-    return 1 - cosine.mean()
+    cosine = (spherify(v_hat_large) * spherify(v.detach())).mean()           # norms are sqrt(L)
+    return 1 - cosine
 
 
 def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large, config,
@@ -1642,26 +1642,26 @@ def feature_statistics(network, batches):
     """Batches of images, this process's part -> mean and covariance of the features of all, and the
     Inception Score (over all images at once, from logits without bias, as in the original)."""
     device = next(network.parameters()).device
-    totals = None
+    features, logits = network(torch.zeros(1, 3, 64, 64, device=device))     # to know the sizes
+    size, classes = features.shape[1], 0 if logits is None else logits.shape[1]
+    shapes = {"count": (), "first": (size,), "second": (size, size), "p": (classes,), "entropy": ()}
+    totals = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
     for images in batches:
         images = (255 * images.to(device)).round() / 255     # 8 bits, as in image files
         features, logits = network(images)
         features = features.double().cpu()                                   # [B, features]
-        sums = {"count": torch.tensor(float(len(features)), dtype=torch.float64),
-                "first": features.sum(0), "second": features.T @ features}
+        totals["count"] += len(features)
+        totals["first"] += features.sum(0)
+        totals["second"] += features.T @ features
         if logits is not None:
-            p = (logits - network.fc.bias).double().cpu().softmax(1)         # [B, 1008]
-            sums["p"] = p.sum(0)
-            sums["entropy"] = torch.special.entr(p).sum()
-        if totals is None:
-            totals = sums
-        else:
-            totals = {name: totals[name] + sums[name] for name in sums}
+            p = (logits - network.fc.bias).double().cpu().softmax(1)         # [B, classes]
+            totals["p"] += p.sum(0)
+            totals["entropy"] += torch.special.entr(p).sum()
     totals = {name: sum_over_processes(total) for name, total in totals.items()}
     n, mean = totals["count"], totals["first"] / totals["count"]
     covariance = (totals["second"] - n * torch.outer(mean, mean)) / (n - 1)
     score = None
-    if "p" in totals:                                        # exp(H(mean p) - mean H(p))
+    if classes > 0:                                          # exp(H(mean p) - mean H(p))
         entropy_of_mean = torch.special.entr(totals["p"] / n).sum()
         score = (entropy_of_mean - totals["entropy"] / n).exp().item()
     return mean, covariance, score
@@ -1686,18 +1686,19 @@ def evaluate_run(name, run, network, held_out, reference, unit):
     models = {autoencoder, denoiser}                         # one model in Sphere Encoder
     parameters = sum(p.numel() for model in models for p in model.parameters())
     row = {"run": name, "parameters": parameters}
-    decibels = []
+    decibels = torch.zeros(1, dtype=torch.float64)
 
     def rebuilt_images():
         for x in iterate_images(held_out):
             y, psnr = rebuild(autoencoder, x)
-            decibels.extend(psnr.tolist())
+            decibels.add_(psnr.sum())
             yield y
 
     mean, covariance, _ = feature_statistics(network, rebuilt_images())
+    psnr = sum_over_processes(decibels).item() / len(held_out)
     fid = frechet_distance(mean, covariance, *reference) / unit
     yield {**row, "images": "rebuilt", "ms_per_image": "", "inception_score": "",
-           "psnr": f"{sum(decibels) / len(decibels):.2f}", "frechet_distance": f"{fid:.4f}"}
+           "psnr": f"{psnr:.2f}", "frechet_distance": f"{fid:.4f}"}
     labels = balanced_labels(config.eval_samples, denoiser.num_classes)
     for steps in STEP_COUNTS:
         what = "1 step" if steps == 1 else f"{steps} steps"
@@ -1949,20 +1950,45 @@ def prepare_folder(config, resume, overwrite):
     return folder
 
 
+def load_run(path, device="cpu", **changes):
+    """A run folder or checkpoint -> config, autoencoder, denoiser (averaged weights, eval mode).
+
+    In Sphere Encoder the last two are one model. changes: fields of config to replace.
+    denoiser.classes has the names of the classes.
+    """
+    state = read_checkpoint(path)
+    config = dataclasses.replace(state["config"], device=str(device), **changes)
+    try:
+        if config.method == "sphere-encoder":
+            autoencoder = denoiser = SphereEncoder(config, len(state["classes"]))
+        else:
+            autoencoder = load_autoencoder(config.autoencoder, config)
+            denoiser = denoiser_for(config, autoencoder.latent_shape, len(state["classes"]))
+            if config.autoencoder == "tiny":
+                autoencoder.load_state_dict(state["autoencoder"])
+        denoiser.load_state_dict(state["average"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} does not fit this program: {reason}") from None
+    denoiser.classes = state["classes"]
+    for model in (autoencoder, denoiser):
+        model.to(device).eval().requires_grad_(False)
+    return config, autoencoder, denoiser
+
+
 def frozen_autoencoder(config, images, folder, device):
-    """The published RAE, or a TinyRAE that is trained now or loaded from this run folder."""
+    """The autoencoder of the run in this folder; in a new run RAE, or a TinyRAE trained now."""
+    if (folder / "checkpoint.pt").exists():
+        return load_run(folder, device)[1]
     torch.manual_seed(config.seed)
     autoencoder = load_autoencoder(config.autoencoder, config).to(device)
     if isinstance(autoencoder, RAE):
         return autoencoder
-    path, checkpoint_path = folder / "autoencoder.pt", folder / "checkpoint.pt"
-    if checkpoint_path.exists():
-        autoencoder.load_state_dict(read_checkpoint(checkpoint_path)["autoencoder"])
-    else:
-        if rank() == 0 and not path.exists():
-            save_checkpoint(path, fit_tiny_rae(autoencoder, images, config).state_dict())
-        wait_for_all_processes()
-        load_weights(autoencoder, path)
+    path = folder / "autoencoder.pt"
+    if rank() == 0 and not path.exists():
+        save_checkpoint(path, fit_tiny_rae(autoencoder, images, config).state_dict())
+    wait_for_all_processes()
+    load_weights(autoencoder, path)
     return autoencoder.eval().requires_grad_(False)
 
 
@@ -2048,32 +2074,6 @@ def train(config, resume=False, overwrite=False):
     if rank() == 0:
         write_table(folder / "evaluation.csv", rows)
     return folder
-
-
-def load_run(path, device="cpu", **changes):
-    """A run folder or checkpoint -> config, autoencoder, denoiser (averaged weights, eval mode).
-
-    In Sphere Encoder the last two are one model. changes: fields of config to replace.
-    denoiser.classes has the names of the classes.
-    """
-    state = read_checkpoint(path)
-    config = dataclasses.replace(state["config"], device=str(device), **changes)
-    try:
-        if config.method == "sphere-encoder":
-            autoencoder = denoiser = SphereEncoder(config, len(state["classes"]))
-        else:
-            autoencoder = load_autoencoder(config.autoencoder, config)
-            denoiser = denoiser_for(config, autoencoder.latent_shape, len(state["classes"]))
-            if config.autoencoder == "tiny":
-                autoencoder.load_state_dict(state["autoencoder"])
-        denoiser.load_state_dict(state["average"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit this program: {reason}") from None
-    denoiser.classes = state["classes"]
-    for model in (autoencoder, denoiser):
-        model.to(device).eval().requires_grad_(False)
-    return config, autoencoder, denoiser
 
 
 def refuse_unused_flags(given, config):

@@ -58,8 +58,13 @@ def test_every_command_runs(command, small_run, tmp_path, monkeypatch, capsys):
     words = [str(small_run) if word.startswith("runs/") else word for word in words]
     if {"flowers", "animal-faces", "imagenet"} & set(words):
         given = {}
-        monkeypatch.setattr(sl, "train", lambda config, **options: given.update(vars(config)))
-        sl.main(words)
+
+        def look_at(config, **options):
+            given.update(vars(config))
+            return tmp_path
+
+        monkeypatch.setattr(sl, "train", look_at)
+        assert sl.main(words) == 0
         assert given["autoencoder"] == "dinov2-b" and given["image_size"] == 256
         return
     if words[0] == "train" and not {"--resume", "--help"} & set(words):
