@@ -2137,7 +2137,8 @@ def class_number(word, classes):
     """A name or a number -> label. Where classes are called by numbers, a number is a name."""
     if word in classes:
         return classes.index(word)
-    if word.isdecimal() and int(word) < len(classes) and not any(map(str.isdecimal, classes)):
+    is_number = word.isdecimal() and len(word) < 10
+    if is_number and int(word) < len(classes) and not any(map(str.isdecimal, classes)):
         return int(word)
     more = ", ..." if len(classes) > 40 else ""
     raise UserError(f"--classes {word}: choose from {', '.join(classes[:40])}{more}")
