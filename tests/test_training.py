@@ -156,6 +156,16 @@ def test_a_failing_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert torch.load(path)["step"] == 3
 
 
+def test_a_checkpoint_is_replaced_not_rewritten(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    sl.save_checkpoint(path, {"step": 3})
+    with open(path, "rb") as reader:                         # has the old file open, reads it late
+        sl.save_checkpoint(path, {"step": 6})
+        assert torch.load(reader)["step"] == 3
+    assert torch.load(path)["step"] == 6
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_latents_of_images_and_mirror_images_are_in_a_file(small_run, tmp_path, monkeypatch):
     config, autoencoder, _ = sl.load_run(small_run)
     images = sl.load_images(config, "test")
