@@ -788,27 +788,56 @@ def denoiser_for(config, latent_shape, num_classes):
 # --------------------------------------------------------------------------------------------------
 # RAE has a frozen encoder, DINOv2, and a decoder that is trained on noisy latents. TinyRAE is RAE
 # in miniature. Its encoder is PCA of patches, computed in closed form: a patch is described by how
-# strongly it shows each of C patterns. Each strength is divided by the square root of its standard
+# strongly it shows each of C patterns. The patterns reach a little into the next patches and fade
+# out there, so that no borders show. Each strength is divided by the square root of its standard
 # deviation. Fine patterns so keep a smaller variance than coarse ones, and noise hides them first.
 # The decoder starts from the inverse of that. A transformer, which sees all patches, and
 # convolutions, which see across their borders, add what is missing.
 #     P numbers in a patch   M feature maps
 
-class PatchPCA(nn.Module):
-    """Images [B, 3, H, W] <-> tokens [B, N, C], both ways linear: PCA of square patches."""
+def border_angles(size, patch_size):
+    """For each pixel of a line: its mirror image at a border of patches [size], an angle [size]."""
+    partner, angle = torch.arange(size), torch.zeros(size)
+    reach = patch_size // 4                                  # pixels on each side of a border
+    for border in range(patch_size, size, patch_size):
+        for k in range(reach):
+            left, right = border - 1 - k, border + k
+            partner[left], partner[right] = right, left
+            angle[left] = math.pi / 4 * (1 - (k + 0.5) / reach)
+            angle[right] = -angle[left]
+    return partner, angle
 
-    def __init__(self, patch_size, channels):
+
+class PatchPCA(nn.Module):
+    """Images [B, 3, H, W] <-> tokens [B, N, C], both ways linear: PCA of overlapping patches."""
+
+    def __init__(self, image_size, patch_size, channels):
         super().__init__()
         numbers = 3 * patch_size ** 2                                        # P
         self.patch_size = patch_size
         self.channels = channels
+        partner, angle = border_angles(image_size, patch_size)
+        self.register_buffer("partner", partner)                             # [H]
+        self.register_buffer("angle", angle)                                 # [H]
         self.register_buffer("mean", torch.zeros(numbers))                   # [P]
         self.register_buffer("analysis", torch.eye(numbers, channels))       # [P, C]
         self.register_buffer("synthesis", torch.eye(channels, numbers))      # [C, P]
 
+    def rotate(self, images, angle):
+        """Mix pixels that mirror each other at a border: rotate each such pair by its angle.
+
+        Next to a border they become their sum and their difference, over sqrt(2). In smooth images
+        the difference is almost 0. This is the lapped transform of audio and image coding.
+        """
+        for _ in range(2):                                   # along one axis, then the other
+            images = images.transpose(2, 3)
+            images = angle.cos() * images + angle.sin() * images[..., self.partner]
+        return images
+
     def patches(self, images):
         p = self.patch_size
-        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)     # [B, N, P]
+        rotated = self.rotate(images, self.angle)                            # [B, 3, H, W]
+        return rearrange(rotated, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)    # [B, N, P]
 
     @torch.no_grad()
     def fit(self, images):
@@ -829,7 +858,8 @@ class PatchPCA(nn.Module):
     def decode(self, z):
         patches = z @ self.synthesis + self.mean                             # [B, N, P]
         side, p = math.isqrt(z.shape[1]), self.patch_size
-        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
+        images = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
+        return self.rotate(images, -self.angle)                              # [B, 3, H, W]
 
 
 class PixelDecoder(nn.Module):
@@ -873,7 +903,7 @@ class TinyRAE(nn.Module):
         super().__init__()
         tokens = (image_size // patch_size) ** 2
         self.latent_shape = (tokens, channels)
-        self.pca = PatchPCA(patch_size, channels)
+        self.pca = PatchPCA(image_size, patch_size, channels)
         self.decoder = PixelDecoder(tokens, channels, patch_size, width=256, depth=2, heads=4)
         self.register_buffer("latent_mean", torch.zeros(1, channels))        # PCA's tokens
         self.register_buffer("latent_var", torch.ones(1, channels))          # are normalised
@@ -1770,7 +1800,7 @@ class SphereEncoder(nn.Module):
         tokens, channels = (config.image_size // config.patch_size) ** 2, config.latent_channels
         self.latent_shape = (tokens, channels)
         self.num_classes = num_classes
-        self.pca = PatchPCA(config.patch_size, channels)
+        self.pca = PatchPCA(config.image_size, config.patch_size, channels)
         self.encoder = Transformer(tokens, channels, channels, *sizes, config.checkpoint_blocks)
         self.decoder = PixelDecoder(tokens, channels, config.patch_size, *sizes)
 

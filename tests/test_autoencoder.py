@@ -25,9 +25,20 @@ def tiny(small_sizes):
     return autoencoder, train.pixels / 255, test.pixels / 255
 
 
+def test_patches_overlap_and_nothing_is_lost():
+    """With as many channels as numbers PCA is invertible; one token draws into the next patch."""
+    pca, images = sl.PatchPCA(16, 8, 3 * 8 * 8), torch.rand(300, 3, 16, 16)
+    pca.fit(images)
+    torch.testing.assert_close(pca.decode(pca.encode(images)), images, rtol=0, atol=1e-4)
+    z = torch.zeros(2, 4, 192)
+    z[0, 0] = torch.randn(192)                               # the upper left patch
+    effect = (pca.decode(z[:1]) - pca.decode(z[1:])).abs().amax((0, 1))                      # [H, W]
+    assert effect[:10, :10].min() > 0 and effect[10:].max() == effect[:, 10:].max() == 0
+
+
 def test_pca_is_the_best_linear_code(tiny):
     autoencoder, images, _ = tiny
-    patches = images.unfold(2, 8, 8).unfold(3, 8, 8).transpose(1, 3).reshape(-1, 3 * 8 * 8)
+    patches = autoencoder.pca.patches(images).flatten(0, 1)
     lost = torch.linalg.svdvals(patches - patches.mean(0))[6:].square().sum() / patches.numel()
     rebuilt = autoencoder.pca.decode(autoencoder.pca.encode(images))
     torch.testing.assert_close((rebuilt - images).square().mean(), lost, rtol=1e-3, atol=0)
