@@ -1520,6 +1520,16 @@ def guided(network, x, labels, null_label, scale):
     return unconditional + scale * (conditional - unconditional)
 
 
+def share_noise(noise, share=0.4):
+    """Give the noise [steps, B, N, C] of later steps a part of the first step's; variance stays 1.
+
+    share 0: new noise in each step; 1: the same in all, which Sphere Encoder found best. In between
+    is ours, by measurement (README.md).
+    """
+    later = share * noise[:1] + math.sqrt(1 - share ** 2) * noise[1:]
+    return torch.cat([noise[:1], later])
+
+
 @torch.no_grad()
 def sample(denoiser, labels, steps=4, cfg_scale=1.0, largest_tilt=math.pi / 2, noise=None,
            generator=None, return_path=False):
@@ -1527,13 +1537,14 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, largest_tilt=math.pi / 2, n
 
     labels [B]; noise [steps, B, N, C], drawn if None. After call k of n the estimate is tilted back
     into noise by (1 - k/n) largest_tilt, radians: 67.5, 45 and 22.5 degrees for four steps. The
-    paper's angles are unknown; these, with new noise each time, are ours (README.md). The last
-    estimate is returned as it is, not spherified, as we read the paper's "raw final step".
+    paper's angles and its noise are unknown; these are ours (README.md). The last estimate is
+    returned as it is, not spherified, as we read the paper's "raw final step".
     return_path: also return all noisy points and estimates, in turn.
     """
     if noise is None:
-        noise = torch.randn(steps, len(labels), *denoiser.latent_shape, generator=generator,
-                            device=labels.device if generator is None else generator.device)
+        noise = share_noise(torch.randn(
+            steps, len(labels), *denoiser.latent_shape, generator=generator,
+            device=labels.device if generator is None else generator.device))
     noise = noise.to(labels.device)                                          # [steps, B, N, C]
     v, trajectory = spherify(noise[0]), []                                   # [B, N, C]
     for k in range(1, steps + 1):
@@ -1560,10 +1571,10 @@ def sample_batches(denoiser, autoencoder, labels, config, steps):
         noise = seeded_noise(indices, denoiser.latent_shape, config.seed, steps).to(device)
         y = labels[indices].to(device)
         with autocast(device):
-            if config.method == "sphere-encoder":            # section 10: all steps share one noise
+            if config.method == "sphere-encoder":            # section 10: all steps have one noise
                 images = denoiser.sample(y, steps, config.cfg_scale, largest_tilt, noise[0])
             else:
-                z = sample(denoiser, y, steps, config.cfg_scale, largest_tilt, noise)
+                z = sample(denoiser, y, steps, config.cfg_scale, largest_tilt, share_noise(noise))
                 images = autoencoder.decode(z)
         if not images.isfinite().all():
             raise UserError("the samples are not finite: the weights of this run are damaged")

@@ -94,3 +94,13 @@ def test_a_loaded_run_samples_with_the_averaged_weights(small_run):
     average = torch.load(small_run / "checkpoint.pt", weights_only=True)["average"]
     torch.testing.assert_close(denoiser.state_dict(), average, rtol=0, atol=0)
     assert not denoiser.training and not autoencoder.training
+
+
+def test_later_steps_share_a_part_of_the_first_noise(generator):
+    noise = torch.randn(3, 2, 100, 100, generator=generator)
+    first, *later = sl.share_noise(noise, share=0.6)
+    assert torch.equal(first, noise[0])
+    for step, mixed in enumerate(later, 1):
+        torch.testing.assert_close(mixed, 0.6 * noise[0] + 0.8 * noise[step])
+    torch.testing.assert_close(sl.share_noise(noise, 0.0), noise)
+    torch.testing.assert_close(sl.share_noise(noise, 1.0), noise[:1].expand(3, -1, -1, -1))

@@ -88,9 +88,10 @@ def main():
         for scale in given.cfg_scales:
             generator = torch.Generator().manual_seed(1234)
             noise = torch.randn(max(OUR_STEPS), len(y), *ours.latent_shape, generator=generator)
+            shared = sl.share_noise(noise)
             rows = {"ours": {}, "flow": {}}
             for steps in OUR_STEPS:
-                made = decode(sl.sample(ours, y, steps, scale, noise=noise[:steps]))
+                made = decode(sl.sample(ours, y, steps, scale, noise=shared[:steps]))
                 rows["ours"][steps] = scores(made, y)["judge"]
             for steps in FLOW_STEPS:
                 made = decode(sample_flow(flow, y, steps, scale, noise[0]))
