@@ -18,7 +18,7 @@ import sphere_latent as sl  # noqa: E402
 SMALL = ["--image-size", "16", "--patch-size", "8", "--latent-channels", "8",
          "--autoencoder-steps", "6", "--train-steps", "6", "--batch-size", "8",
          "--eval-samples", "24", "--device", "cpu"]
-WHOLE = sl.drawn_images, sl.MODEL_SIZES["tiny"]
+WHOLE = sl.drawn_images, sl.MODEL_SIZES["tiny"]              # the sizes that users get
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
@@ -45,13 +45,6 @@ def small_sizes():
     sl.drawn_images, sl.MODEL_SIZES["tiny"] = fewer_drawings, (64, 2, 2)
 
 
-@pytest.fixture
-def whole(monkeypatch):
-    """The sizes that users get."""
-    monkeypatch.setattr(sl, "drawn_images", WHOLE[0])
-    monkeypatch.setitem(sl.MODEL_SIZES, "tiny", WHOLE[1])
-
-
 @pytest.fixture(scope="session")
 def small_run(small_sizes, tmp_path_factory):
     """The folder of a finished run. Copy it before you change it."""
@@ -60,14 +53,14 @@ def small_run(small_sizes, tmp_path_factory):
     return folder
 
 
-# Where the CPU does not multiply bf16, half of the default's updates: the whole takes too long here.
+# Where the CPU does not multiply bf16, half of the default's updates: the whole takes too long.
 HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 UPDATES = [] if HAS_BF16 else ["--autoencoder-steps", "200", "--train-steps", "500"]
 
 
 @pytest.fixture(scope="session")
 def default_run(tmp_path_factory):
-    """`train` with the sizes that users get, started and not waited for -> (process, its folder)."""
+    """`train` with the sizes that users get, started and not waited for -> (process, folder)."""
     folder = tmp_path_factory.mktemp("default")
     command = [sys.executable, str(ROOT / "sphere_latent.py"), "train", *UPDATES]
     with open(folder / "output", "w") as output:

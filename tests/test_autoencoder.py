@@ -1,7 +1,4 @@
 """The frozen autoencoders: TinyRAE, and the paper's RAE against its official code."""
-import shutil
-
-import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
@@ -18,11 +15,11 @@ RAE_DECODER = sl.RAEDecoder
 
 @pytest.fixture(scope="module")
 def tiny(small_sizes):
-    """-> a TinyRAE that learned for a second, its images, other images."""
-    train, test = [sl.load_images(CONFIG, split) for split in ("train", "test")]
+    """-> a TinyRAE that learned for a second, its images."""
+    images = sl.load_images(CONFIG, "train")
     torch.manual_seed(0)
-    autoencoder = sl.fit_tiny_rae(sl.load_autoencoder("tiny", CONFIG), train, CONFIG)
-    return autoencoder, train.pixels / 255, test.pixels / 255
+    autoencoder = sl.fit_tiny_rae(sl.load_autoencoder("tiny", CONFIG), images, CONFIG)
+    return autoencoder, images.pixels / 255
 
 
 def test_patches_overlap_and_nothing_is_lost():
@@ -37,7 +34,7 @@ def test_patches_overlap_and_nothing_is_lost():
 
 
 def test_pca_is_the_best_linear_code(tiny):
-    autoencoder, images, _ = tiny
+    autoencoder, images = tiny
     patches = autoencoder.pca.patches(images).flatten(0, 1)
     lost = torch.linalg.svdvals(patches - patches.mean(0))[6:].square().sum() / patches.numel()
     rebuilt = autoencoder.pca.decode(autoencoder.pca.encode(images))
@@ -48,19 +45,6 @@ def test_latents_have_mean_0_and_variance_1_over_all_channels(tiny):
     z = tiny[0].encode(tiny[1])
     assert z.shape == (240, 4, 6) and z.mean((0, 1)).abs().max() < 1e-4
     assert z.square().mean().item() == pytest.approx(1, abs=0.01)
-
-
-def test_a_new_decoder_corrects_nothing():
-    new = sl.load_autoencoder("tiny", CONFIG)
-    z = torch.randn(2, *new.latent_shape)
-    assert torch.equal(new.decode_unclamped(z), new.pca.decode(z))
-
-
-def test_training_raises_the_psnr_of_held_out_images(tiny):
-    autoencoder, _, images = tiny
-    linear = autoencoder.pca.decode(autoencoder.encode(images))
-    linear_psnr = -10 * (linear - images).square().mean((1, 2, 3)).log10()
-    assert sl.rebuild(autoencoder, images)[1].mean() > linear_psnr.mean() + 0.1
 
 
 def test_a_trained_tiny_rae_is_frozen_and_gives_images_from_0_to_1(tiny):
@@ -92,14 +76,10 @@ def test_decoder_is_the_official_one(official):
     torch.testing.assert_close(images, data["image"], rtol=0, atol=2e-6)     # measured: 2e-7
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda state: state.pop("decoder_layers.1.attention.attention.key.bias"), "Missing.*in_proj"),
-    (lambda state: state.pop("decoder_pos_embed"), "Missing.*decoder_pos_embed"),
-    (lambda state: state.update(mask_token=torch.zeros(1)), "Unexpected.*mask_token")])
-def test_decoder_is_strict_about_keys(official, change, message):
+def test_decoder_is_strict_about_keys(official):
     decoder, data = official
-    change(data["state_dict"])
-    with pytest.raises(RuntimeError, match=f"(?s){message}"):
+    del data["state_dict"]["decoder_layers.1.attention.attention.key.bias"]
+    with pytest.raises(RuntimeError, match="(?s)Missing.*in_proj"):
         decoder.load_state_dict(data["state_dict"])
 
 
@@ -119,49 +99,21 @@ def test_encoder_is_the_official_one(monkeypatch):
     torch.testing.assert_close(tokens @ data["probe"], data["tokens_probe"], rtol=0, atol=1e-3)
 
 
-@pytest.fixture(scope="module")
-def placed(tmp_path_factory):
+def test_files_placed_by_hand_are_what_is_loaded(tmp_path, monkeypatch):
     """Files as published, with positions for 518 pixels; but of one block, and random."""
-    folder = tmp_path_factory.mktemp("weights")
-    encoder = timm.create_model("vit_base_patch14_reg4_dinov2", num_classes=0, depth=1)
-    safetensors.torch.save_file(encoder.state_dict(), folder / "model.safetensors")
-    torch.save(RAE_DECODER(depth=1).state_dict(), folder / "model.pt")
-    statistics = {"mean": torch.randn(768, 16, 16), "var": torch.rand(768, 16, 16)}
-    torch.save(statistics, folder / "stat.pt")
-    return folder
-
-
-@pytest.fixture
-def load_rae(monkeypatch):
-    """-> a function: folder -> RAE, but with one block in the encoder and one in the decoder."""
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, **k, depth=1))
     monkeypatch.setattr(sl, "RAEDecoder", lambda: RAE_DECODER(depth=1))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a: open("/no/network"))
-    return lambda folder: sl.load_autoencoder("dinov2-b", sl.Config(weights_dir=str(folder)))
-
-
-def test_files_placed_by_hand_are_what_is_loaded(placed, load_rae):
-    rae, statistics = load_rae(placed), torch.load(placed / "stat.pt")
-    encoder = safetensors.torch.load_file(placed / "model.safetensors")
-    decoder = torch.load(placed / "model.pt")
+    encoder = timm.create_model("vit_base_patch14_reg4_dinov2", num_classes=0).state_dict()
+    decoder = sl.RAEDecoder().state_dict()
+    statistics = {"mean": torch.randn(768, 16, 16), "var": torch.rand(768, 16, 16)}
+    safetensors.torch.save_file(encoder, tmp_path / "model.safetensors")
+    torch.save(decoder, tmp_path / "model.pt")
+    torch.save(statistics, tmp_path / "stat.pt")
+    rae = sl.load_autoencoder("dinov2-b", sl.Config(weights_dir=str(tmp_path)))
     positions = timm.layers.resample_abs_pos_embed(encoder["pos_embed"], [16, 16], None, 0)
     torch.testing.assert_close(rae.encoder.pos_embed, positions)
     assert torch.equal(rae.encoder.cls_token, encoder["cls_token"])
     assert torch.equal(rae.decoder.decoder_embed.weight, decoder["decoder_embed.weight"])
     assert torch.equal(rae.latent_mean[16 * 2 + 5], statistics["mean"][:, 2, 5])         # token 37
     assert torch.equal(rae.latent_var[16 * 2 + 5], statistics["var"][:, 2, 5])
-
-
-@pytest.mark.parametrize("name", sl.HUGGING_FACE_FILES)
-@pytest.mark.parametrize("damage", ["cut", "other weights", "absent"])
-def test_an_error_about_weights_names_the_file(placed, load_rae, tmp_path, name, damage):
-    shutil.copytree(placed, tmp_path, dirs_exist_ok=True)
-    (tmp_path / name).unlink()
-    if damage == "cut":
-        (tmp_path / name).write_bytes((placed / name).read_bytes()[:1000])
-    if damage == "other weights":
-        torch.save({"weight": torch.zeros(3)}, tmp_path / name)
-    expected = f"no {name} from" if damage == "absent" else str(tmp_path / name)
-    with pytest.raises(sl.UserError, match=expected):
-        load_rae(tmp_path)

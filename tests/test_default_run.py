@@ -3,7 +3,7 @@ import csv
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, WHOLE
 
 import sphere_latent as sl
 
@@ -12,7 +12,7 @@ from judge import Scores, judge_run  # noqa: E402
 
 
 @pytest.mark.slow
-def test_the_default_run_makes_flowers(default_run, whole):
+def test_the_default_run_makes_flowers(default_run, monkeypatch):
     process, folder = default_run
     assert process.wait() == 0, (folder / "output").read_text()[-2000:]
     run = folder / "runs" / "drawn"
@@ -24,6 +24,8 @@ def test_the_default_run_makes_flowers(default_run, whole):
     assert float(rows["rebuilt"]["psnr"]) > 29
     assert float(rows["4 steps"]["frechet_distance"]) < float(rows["1 step"]["frechet_distance"])
 
+    monkeypatch.setattr(sl, "drawn_images", WHOLE[0])
+    monkeypatch.setitem(sl.MODEL_SIZES, "tiny", WHOLE[1])
     train, held_out = sl.drawn_images("train", 64), sl.drawn_images("test", 64)
     scores = Scores(train, held_out)
     found = {what: score for what, _, score in judge_run(scores, run, held_out, step_counts=(1, 4))}

@@ -28,7 +28,6 @@ def losses_of(decode, target=V, v=V, perceptual=None, **settings):
     (sl.consistency_loss, A, B, (1 ** 2 + 2 ** 2) / 2),
     (sl.latent_consistency_loss, A, B, 1 - (1 * 0 + 2 * 4) / (5 ** 0.5 * 4)),
     (sl.latent_consistency_loss, A, 7 * A, 0.0),                             # only the direction
-    (sl.latent_consistency_loss, A, -A, 2.0),
     (sl.reconstruction_loss, IMAGE, IMAGE + 0.5, 0.5 * 0.5 ** 2),            # images: smooth L1
     (sl.consistency_loss, IMAGE, IMAGE + 3.0, 3.0 - 0.5)])
 def test_loss_by_hand(loss, a, b, expected):
@@ -45,26 +44,17 @@ def test_reconstruction_moves_z_hat_small_the_others_z_hat_large(weights, moves_
     assert moved == [moves_small, moves_large] and v.grad is None
 
 
-def test_decode_is_called_once_with_the_small_view_first():
-    calls = []
-    losses_of(lambda *inputs: calls.append(inputs) or inputs[0])
-    (views, labels), = calls
-    torch.testing.assert_close(views, torch.cat([SMALL, LARGE]))
-    assert labels.tolist() == [0, 1, 2, 0, 1, 2]
-
-
-def test_losses_are_zero_where_every_view_is_mapped_to_the_clean_point():
-    losses = losses_of(lambda views, labels: V.repeat(2, 1, 1))
-    assert max(abs(loss.item()) for loss in losses.values()) < 1e-6
-
-
 def test_losses_where_decode_gives_its_input_back():
-    """Each is then a known distance between v, z and the two views."""
+    """Each is then a known distance between v, z and the two views, the small one first."""
+    def decode(views, labels):
+        assert labels.tolist() == [0, 1, 2, 0, 1, 2]
+        return views
+
     z, cosine = points(2), torch.cosine_similarity(LARGE.flatten(1), V.flatten(1)).mean()
     expected = {"reconstruction": (SMALL - z).square().mean(), "latent_consistency": 1 - cosine,
                 "consistency": (LARGE - SMALL).square().mean(),
                 "perceptual": (SMALL - z).abs().max() + (LARGE - SMALL).abs().max()}
     expected["total"] = sum(w * loss for w, loss in zip((2, 5, 3, 1), expected.values()))
-    losses = losses_of(lambda views, labels: views, z, perceptual=lambda a, b: (a - b).abs().max(),
+    losses = losses_of(decode, z, perceptual=lambda a, b: (a - b).abs().max(),
                        reconstruction_weight=2, consistency_weight=3, latent_consistency_weight=5)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)

@@ -39,22 +39,6 @@ def test_tilts_decay_and_each_has_new_noise(steps, degrees):
         assert to_noise.tolist() == pytest.approx([math.pi / 2 - alpha] * 2, abs=1e-4)
 
 
-def test_one_step_is_one_call_of_the_denoiser_at_a_random_point():
-    denoiser = ExactDenoiser()
-    z = sl.sample(denoiser, LABELS, steps=1, noise=5 * NOISE)
-    [(point, labels)] = denoiser.calls
-    torch.testing.assert_close(point, NOISE[0])              # spherified
-    assert labels == [0, 2] and torch.equal(z, denoiser(point, LABELS))
-
-
-def test_the_last_estimate_stays_raw_and_all_noisy_points_are_on_the_sphere(generator):
-    z, path = sl.sample(ExactDenoiser(), LABELS, 4, generator=generator, return_path=True)
-    torch.testing.assert_close(z, torch.stack([2 * CLEAN[0], 4 * CLEAN[1]]))
-    assert len(path) == 8 and path[-1] is z
-    for point in path[0::2]:
-        torch.testing.assert_close(point.square().mean((1, 2)), torch.ones(2))
-
-
 @pytest.mark.parametrize("scale, called_with", [
     (0.0, [0, 2, 3, 3]), (3.0, [0, 2, 3, 3]),                # both in one call
     (1.0, [0, 2])])                                          # guidance of 1 costs nothing
@@ -64,12 +48,6 @@ def test_guidance_pushes_away_from_the_null_label(scale, called_with):
     assert [labels for _, labels in denoiser.calls] == [called_with]
     conditional, unconditional = torch.stack([2 * CLEAN[0], 4 * CLEAN[1]]), 5 * CLEAN
     torch.testing.assert_close(z, unconditional + scale * (conditional - unconditional))
-
-
-@pytest.mark.parametrize("count, num_classes, expected", [
-    (6, 3, [0, 1, 2, 0, 1, 2]), (5, 3, [0, 1, 2, 0, 1]), (3, 9, [0, 3, 6])])
-def test_labels_are_spread_evenly(count, num_classes, expected):
-    assert sl.balanced_labels(count, num_classes).tolist() == expected
 
 
 def test_an_image_depends_on_seed_label_and_number_alone(small_run):

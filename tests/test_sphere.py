@@ -15,12 +15,6 @@ def points(seed, shape=SHAPE):
     return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def point_and_noise(seed):
-    """A point v on the sphere, and noise e that is orthogonal to it and as long."""
-    v, e = sl.spherify(points(seed)), points(seed + 1)
-    return v, sl.spherify(e - (e * v).mean((1, 2), keepdim=True) * v)
-
-
 def assert_close(a, b, tolerance=1e-4):
     torch.testing.assert_close(a, torch.as_tensor(b).expand_as(a), rtol=tolerance, atol=tolerance)
 
@@ -32,18 +26,6 @@ def test_spherify_scales_to_norm_sqrt_L(seed, shape, scale):
     assert_close(sl.spherify(z.view(3, *shape)).flatten(1), expected)
 
 
-def test_spherify_is_computed_in_float32():
-    z = points(0).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(sl.spherify(z), sl.spherify(z.float()))
-
-
-def test_zero_stays_zero_with_a_finite_gradient():
-    z = torch.zeros(3, *SHAPE, requires_grad=True)
-    (sl.spherify(z) * points(0)).sum().backward()
-    assert torch.equal(sl.spherify(z), z) and 0 < z.grad.abs().sum() < math.inf
-
-
 @given(seeds)
 def test_noisy_spherify_at_0_is_v_and_at_90_degrees_pure_noise(seed):
     v, e = sl.spherify(points(seed)), points(seed + 1)
@@ -52,31 +34,11 @@ def test_noisy_spherify_at_0_is_v_and_at_90_degrees_pure_noise(seed):
 
 
 @given(seeds, angles)
-def test_noisy_spherify_is_the_form_of_the_papers(seed, alpha):
-    v, e = sl.spherify(points(seed)), points(seed + 1)
-    assert_close(sl.noisy_spherify(v, e, alpha), sl.spherify(v + math.tan(alpha) * e))
-
-
-@given(seeds, angles)
 def test_orthogonal_noise_tilts_each_image_by_exactly_its_angle(seed, alpha):
-    (v, e), alphas = point_and_noise(seed), torch.tensor([alpha, alpha / 2, 1e-4])
+    v, e = sl.spherify(points(seed)), points(seed + 1)
+    e = sl.spherify(e - (e * v).mean((1, 2), keepdim=True) * v)
+    alphas = torch.tensor([alpha, alpha / 2, 1e-4])
     assert_close(sl.angle_between(v, sl.noisy_spherify(v, e, alphas)), alphas, 2e-6)
-
-
-@given(seeds, st.floats(0, 1))
-def test_slerp_goes_from_a_to_b_at_constant_speed(seed, t):
-    (a, b), shares = (sl.spherify(points(seed)), sl.spherify(points(seed + 1))), [t, 0.0, 1.0]
-    p, omega = sl.slerp(a, b, torch.tensor(shares)), sl.angle_between(a, b)
-    assert_close(sl.spherify(p), p)
-    assert_close(sl.angle_between(a, p), torch.tensor(shares) * omega, 1e-3)
-    assert_close(sl.angle_between(p, b), (1 - torch.tensor(shares)) * omega, 1e-3)
-
-
-@pytest.mark.parametrize("angle", [0.0, 1e-6, 9e-4, 2e-3, 1e-2])
-def test_slerp_between_near_points_does_not_divide_by_zero(angle):
-    v, e = point_and_noise(0)
-    middle = sl.slerp(v, sl.noisy_spherify(v, e, angle), 0.5)
-    assert_close(middle, sl.noisy_spherify(v, e, angle / 2), 1e-5)
 
 
 @pytest.mark.parametrize("name, level, mean, std", [

@@ -21,8 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 from judge import Scores  # noqa: E402
 import sphere_latent as sl  # noqa: E402
 
-OUR_STEPS = (1, 2, 4, 6, 8, 16, 50)
-FLOW_STEPS = (1, 2, 4, 8, 16, 50)
+STEPS = (1, 2, 4, 6, 8, 16, 50)
 
 
 def fit_flow(config, z, labels):
@@ -31,7 +30,8 @@ def fit_flow(config, z, labels):
     classes = int(labels.max()) + 1
     model = sl.denoiser_for(config, tuple(z.shape[1:]), classes)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
     for step, numbers in enumerate(sl.random_index_batches(len(z), config, 0, config.train_steps)):
         rate = sl.learning_rate_at(step, config.train_steps, config.learning_rate)
         optimizer.param_groups[0]["lr"] = rate
@@ -75,8 +75,9 @@ def main():
     scores = Scores(images, held_out)
     y = sl.balanced_labels(600, len(images.classes))
 
-    def decode(z):
-        return torch.cat([autoencoder.decode(some) for some in z.split(100)])
+    def judged(z):
+        images = torch.cat([autoencoder.decode(some) for some in z.split(100)])
+        return scores(images, y)["judge"]
 
     for seed in given.seeds:
         config = dataclasses.replace(start, train_steps=given.updates, seed=seed, save_every=10**9)
@@ -87,18 +88,13 @@ def main():
             flow = fit_flow(config, z.float(), labels)
         for scale in given.cfg_scales:
             generator = torch.Generator().manual_seed(1234)
-            noise = torch.randn(max(OUR_STEPS), len(y), *ours.latent_shape, generator=generator)
+            noise = torch.randn(max(STEPS), len(y), *ours.latent_shape, generator=generator)
             shared = sl.share_noise(noise)
-            rows = {"ours": {}, "flow": {}}
-            for steps in OUR_STEPS:
-                made = decode(sl.sample(ours, y, steps, scale, noise=shared[:steps]))
-                rows["ours"][steps] = scores(made, y)["judge"]
-            for steps in FLOW_STEPS:
-                made = decode(sample_flow(flow, y, steps, scale, noise[0]))
-                rows["flow"][steps] = scores(made, y)["judge"]
-            for name, row in rows.items():
-                cells = "  ".join(f"{steps}: {distance:.4f}" for steps, distance in row.items())
-                print(f"seed {seed}  guidance {scale:g}  {name}  {cells}", flush=True)
+            for steps in STEPS:
+                z_ours = sl.sample(ours, y, steps, scale, noise=shared[:steps])
+                z_flow = sample_flow(flow, y, steps, scale, noise[0])
+                print(f"seed {seed}  guidance {scale:g}  {steps} calls: ours {judged(z_ours):.4f}  "
+                      f"flow {judged(z_flow):.4f}", flush=True)
 
 
 if __name__ == "__main__":

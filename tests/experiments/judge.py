@@ -2,8 +2,8 @@
 
     python tests/experiments/judge.py runs/drawn [RUN ...] [--samples 600] [--seed 1234]
 
-It shares no weights and no features with anything in sphere_latent.py. For rebuilt held-out drawings
-and for samples at 1, 2, 4 and 6 steps it prints
+It shares no weights and no features with anything in sphere_latent.py. For rebuilt held-out
+drawings and for samples at 1, 2, 4 and 6 steps it prints
   named      how often it gives a picture the class that was asked for
   judge      the Fréchet distance to held-out drawings in its features, in units of their variance
   untrained  the same in untrained features, as `evaluate` prints it
@@ -23,7 +23,7 @@ import sphere_latent as sl  # noqa: E402
 
 
 class Judge(nn.Module):
-    """Images [B, 3, H, W] -> logits; features() are those before the last layer."""
+    """Images [B, 3, H, W] -> features [B, 128] and logits, as the networks for FID do."""
 
     def __init__(self, classes, width=32):
         super().__init__()
@@ -34,11 +34,9 @@ class Judge(nn.Module):
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(4 * width, classes)
 
-    def features(self, images):
-        return self.body(2 * images - 1).amax((2, 3))
-
     def forward(self, images):
-        return self.head(self.features(images))
+        features = self.body(2 * images - 1).amax((2, 3))
+        return features, self.head(features)
 
 
 def train_judge(images, steps=500, seed=0):
@@ -50,7 +48,7 @@ def train_judge(images, steps=500, seed=0):
     for _ in range(steps):
         chosen = torch.randint(len(images), (64,))
         with sl.autocast(torch.device("cpu")):
-            logits = judge(images.pixels[chosen] / 255)
+            _, logits = judge(images.pixels[chosen] / 255)
         loss = F.cross_entropy(logits.float(), images.labels[chosen])
         optimizer.zero_grad()
         loss.backward()
@@ -60,53 +58,45 @@ def train_judge(images, steps=500, seed=0):
 
 
 def seams(images, patch=16):
-    """Mean step in brightness across patch borders over that two and three pixels beside them.
-
-    images [B, 3, H, W]. 1 is none; held-out drawings have 1.03.
-    """
+    """Mean step in brightness across patch borders over that two and three pixels beside them."""
     ratios = []
     for steps in (images.diff(dim=3), images.diff(dim=2).transpose(2, 3)):
         profile = steps.abs().mean((0, 1, 2))                # one number for each column or row
         borders = torch.arange(patch - 1, len(profile), patch)
         beside = torch.cat([borders + offset for offset in (-3, -2, 2, 3)])
         ratios.append(profile[borders].mean() / profile[beside].mean())
-    return (sum(ratios) / 2).item()
+    return (sum(ratios) / 2).item()                          # held-out drawings have 1.03
 
 
 class Scores:
     """Compares pictures with held-out drawings; call it with images [n, 3, H, W], labels [n]."""
 
     def __init__(self, train, held_out):
-        self.judge = train_judge(train)
-        self.untrained = sl.UntrainedFeatures()
-        self.held_out = held_out.pixels / 255
-        self.real_judge = self.statistics(self.judge.features, self.held_out)
-        self.real_untrained = self.statistics(lambda x: self.untrained(x)[0], self.held_out)
+        self.networks = {"judge": train_judge(train), "untrained": sl.UntrainedFeatures()}
+        self.real = {name: self.look(name, held_out.pixels / 255)[:2] for name in self.networks}
 
     @torch.no_grad()
-    def statistics(self, features, images):
-        f = torch.cat([features(x) for x in images.split(100)]).double()
-        return f.mean(0), torch.cov(f.T)
+    def look(self, name, images):
+        """Mean and covariance of the features of a network, and its logits in batches."""
+        pairs = [self.networks[name](some) for some in images.split(100)]
+        f = torch.cat([features for features, _ in pairs]).double()
+        return f.mean(0), torch.cov(f.T), [logits for _, logits in pairs]
 
-    @torch.no_grad()
     def __call__(self, images, labels):
-        logits = torch.cat([self.judge(x) for x in images.split(100)])
-        judged = self.statistics(self.judge.features, images)
-        untrained = self.statistics(lambda x: self.untrained(x)[0], images)
-        return {
-            "named": (logits.argmax(1) == labels).float().mean().item(),
-            "judge": sl.frechet_distance(*judged, *self.real_judge) / self.real_judge[1].trace().item(),
-            "untrained": sl.frechet_distance(*untrained, *self.real_untrained)
-            / self.real_untrained[1].trace().item(),
-            "seams": seams(images),
-        }
+        found = {}
+        for name, (real_mean, real_covariance) in self.real.items():
+            mean, covariance, logits = self.look(name, images)
+            distance = sl.frechet_distance(mean, covariance, real_mean, real_covariance)
+            found[name] = distance / real_covariance.trace().item()
+            if name == "judge":
+                found["named"] = (torch.cat(logits).argmax(1) == labels).float().mean().item()
+        return {**found, "seams": seams(images)}
 
 
-def judge_run(scores, run, held_out, samples=600, seed=1234, step_counts=sl.STEP_COUNTS, **changes):
+def judge_run(scores, run, held_out, samples=600, seed=1234, step_counts=sl.STEP_COUNTS):
     """Yield (what, PSNR or None, scores) for a run: rebuilt drawings, then samples."""
-    config, autoencoder, denoiser = sl.load_run(run, seed=seed, **changes)
-    x = held_out.pixels / 255
-    parts = [sl.rebuild(autoencoder, some) for some in x.split(100)]
+    config, autoencoder, denoiser = sl.load_run(run, seed=seed)
+    parts = [sl.rebuild(autoencoder, x) for x in (held_out.pixels / 255).split(100)]
     rebuilt = torch.cat([y for y, _ in parts])
     psnr = torch.cat([decibels for _, decibels in parts]).mean().item()
     yield "rebuilt", psnr, scores(rebuilt, held_out.labels)
@@ -114,6 +104,12 @@ def judge_run(scores, run, held_out, samples=600, seed=1234, step_counts=sl.STEP
     for steps in step_counts:
         images = sl.sample_images(denoiser, autoencoder, labels, config, steps)
         yield "1 step" if steps == 1 else f"{steps} steps", None, scores(images, labels)
+
+
+def show(name, what, psnr, found):
+    decibels = "" if psnr is None else f"{psnr:.2f}"
+    print(f"{name:24} {what:8} {decibels:>6} {found['named']:6.3f} {found['judge']:7.4f} "
+          f"{found['untrained']:9.4f} {found['seams']:6.2f}", flush=True)
 
 
 def main():
@@ -126,12 +122,6 @@ def main():
     train, held_out = sl.drawn_images("train", 64), sl.drawn_images("test", 64)
     scores = Scores(train, held_out)
     print(f"{'run':24} {'':8} {'PSNR':>6} {'named':>6} {'judge':>7} {'untrained':>9} {'seams':>6}")
-
-    def show(name, what, psnr, found):
-        decibels = "" if psnr is None else f"{psnr:.2f}"
-        print(f"{name:24} {what:8} {decibels:>6} {found['named']:6.3f} {found['judge']:7.4f} "
-              f"{found['untrained']:9.4f} {found['seams']:6.2f}", flush=True)
-
     for run in given.runs:
         for what, psnr, found in judge_run(scores, run, held_out, given.samples, given.seed):
             show(run, what, psnr, found)
