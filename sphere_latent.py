@@ -243,7 +243,7 @@ class Config:
 # Where the settings of a data set differ from the defaults, which are those of "drawn".
 # PHOTOS: for any folder of images, and for the others with --autoencoder tiny.
 # PAPER: batch size, learning rate and EMA of RAE's second stage; about 1,000 epochs (ImageNet 800).
-PHOTOS = {"autoencoder_steps": 1000, "train_steps": 5000, "learning_rate": 3e-3, "cfg_scale": 2.0}
+PHOTOS = {"autoencoder_steps": 1000, "train_steps": 5000, "learning_rate": 3e-3, "cfg_scale": 3.0}
 PAPER = {"autoencoder": "dinov2-b", "image_size": 256, "model_size": "B", "batch_size": 1024,
          "learning_rate": 2e-4, "ema_decay": 0.9995, "eval_samples": 50_000}
 PRESETS = {
