@@ -826,8 +826,8 @@ class PatchPCA(nn.Module):
     def rotate(self, images, angle):
         """Mix pixels that mirror each other at a border: rotate each such pair by its angle.
 
-        Next to a border they become their sum and their difference, over sqrt(2). In smooth images
-        the difference is almost 0. This is the lapped transform of audio and image coding.
+        Next to a border they become nearly their sum and their difference, over sqrt(2). In smooth
+        images the difference is almost 0. This is the lapped transform of audio and image coding.
         """
         for _ in range(2):                                   # along one axis, then the other
             images = images.transpose(2, 3)
