@@ -1528,8 +1528,8 @@ def guided(network, x, labels, null_label, scale):
 def share_noise(noise, share=0.4):
     """Give the noise [steps, B, N, C] of later steps a part of the first step's; variance stays 1.
 
-    share 0: new noise in each step; 1: the same in all, which Sphere Encoder found best. 0.4 is ours,
-    found by trying on the drawn flowers.
+    share 0: new noise in each step; 1: the same in all, which Sphere Encoder found best. 0.4 is
+    ours, found by trying on the drawn flowers.
     """
     later = share * noise[:1] + math.sqrt(1 - share ** 2) * noise[1:]
     return torch.cat([noise[:1], later])
