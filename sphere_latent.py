@@ -824,7 +824,7 @@ class PatchPCA(nn.Module):
         partner, angle = border_angles(image_size, patch_size)
         self.register_buffer("partner", partner)                             # [H]
         self.register_buffer("angle", angle)                                 # [H]
-        self.register_buffer("mean", torch.zeros(numbers))                   # [P]
+        self.register_buffer("mean", torch.zeros(3, image_size, image_size))
         self.register_buffer("analysis", torch.eye(numbers, channels))       # [P, C]
         self.register_buffer("synthesis", torch.eye(channels, numbers))      # [C, P]
 
@@ -841,30 +841,30 @@ class PatchPCA(nn.Module):
 
     def patches(self, images):
         p = self.patch_size
-        rotated = self.rotate(images, self.angle)                            # [B, 3, H, W]
+        rotated = self.rotate(images - self.mean, self.angle)                # [B, 3, H, W]
         return rearrange(rotated, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)    # [B, N, P]
 
     @torch.no_grad()
     def fit(self, images):
-        """Compute mean and patterns from images [n, 3, H, W]."""
+        """Compute the mean image and the patterns from images [n, 3, H, W]."""
+        self.mean.copy_(images.mean(0))
         patches = self.patches(images).flatten(0, 1).cpu().double()          # [n N, P]
         variances, patterns = torch.linalg.eigh(torch.cov(patches.T))        # ascending
         variances = variances.flip(0)[:self.channels].clamp(min=1e-8)        # [C]
         patterns = patterns.flip(1)[:, :self.channels]                       # [P, C]
         scale = variances.sqrt().sqrt()                      # the root of the standard deviation
         scale = scale * (variances / scale ** 2).mean().sqrt()               # mean variance 1
-        self.mean.copy_(patches.mean(0))
         self.analysis.copy_(patterns / scale)
         self.synthesis.copy_((patterns * scale).T)
 
     def encode(self, images):
-        return (self.patches(images) - self.mean) @ self.analysis            # [B, N, C]
+        return self.patches(images) @ self.analysis                          # [B, N, C]
 
     def decode(self, z):
-        patches = z @ self.synthesis + self.mean                             # [B, N, P]
+        patches = z @ self.synthesis                                         # [B, N, P]
         side, p = math.isqrt(z.shape[1]), self.patch_size
         images = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
-        return self.rotate(images, -self.angle)                              # [B, 3, H, W]
+        return self.rotate(images, -self.angle) + self.mean                  # [B, 3, H, W]
 
 
 class PixelDecoder(nn.Module):
