@@ -74,6 +74,18 @@ class UserError(Exception):
     """Something the user can put right. The command line prints it as one line and exits with 2."""
 
 
+@contextlib.contextmanager
+def as_user_error(problem):
+    """Turn any error inside into a UserError that begins with `problem`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:                               # libraries fail in many ways
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{problem} ({type(error).__name__}: {reason})") from None
+
+
 # --------------------------------------------------------------------------------------------------
 # Helpers: processes, devices, files
 # --------------------------------------------------------------------------------------------------
@@ -114,10 +126,8 @@ def find_device(name):
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = "cuda:" + os.environ["LOCAL_RANK"]
-    try:
+    with as_user_error(f"--device {name} cannot be used"):
         torch.zeros(1, device=name).tolist()                 # "meta" gives nothing back
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     torch.set_float32_matmul_precision("high")
     return torch.device(name)
 
@@ -952,7 +962,7 @@ def find_weights(name, weights_dir=""):
     if weights_dir and placed.is_file():
         return placed
     source = URLS.get(name) or " ".join(HUGGING_FACE_FILES[name])
-    try:
+    with as_user_error(f"no {name} from {source}"):
         if name in HUGGING_FACE_FILES:
             from huggingface_hub import hf_hub_download
             return pathlib.Path(hf_hub_download(*HUGGING_FACE_FILES[name]))
@@ -961,26 +971,18 @@ def find_weights(name, weights_dir=""):
             cached.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(source, str(cached), hash_prefix=name[-12:-4])
         return cached
-    except Exception as error:                               # a network fails in many ways
-        reason = f"{type(error).__name__}: {str(error)[:120]}".splitlines()[0]
-        raise UserError(f"no {name} from {source} ({reason})") from None
 
 
 def read_weights(path):
-    try:
+    with as_user_error(f"{path} cannot be read"):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                               # damaged files fail in many ways
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): is it whole?") from None
 
 
 def load_weights(module, path):
     """Load a file of weights into a module; a missing or unexpected key is an error."""
     weights = read_weights(path)
-    try:
+    with as_user_error(f"{path} holds other weights"):
         module.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} holds other weights: {reason}") from None
 
 
 def rename_decoder_keys(decoder, state_dict, prefix, *unused):
@@ -1046,25 +1048,20 @@ class RAE(nn.Module):
         super().__init__()
         import timm
         file = str(find_weights("model.safetensors", weights_dir)) if pretrained else ""
-        try:
+        with as_user_error(f"{file} is not DINOv2 with registers"):
             self.encoder = timm.create_model(                # resamples positions, 37 to 16 a side
                 "vit_base_patch14_reg4_dinov2.lvd142m", pretrained=pretrained, num_classes=0,
                 img_size=224, pretrained_cfg_overlay={"file": file})
-        except Exception as error:
-            raise UserError(f"{file} is not DINOv2 with registers ({str(error)[:300]})") from None
         self.encoder.norm = nn.LayerNorm(768, eps=1e-6, elementwise_affine=False)    # as in RAE
         self.decoder = RAEDecoder()
         statistics = {"mean": torch.zeros(768, 1), "var": torch.ones(768, 1)}
         if pretrained:
             load_weights(self.decoder, find_weights("model.pt", weights_dir))
-            path = find_weights("stat.pt", weights_dir)
-            statistics = read_weights(path)                                  # [C, 16, 16] or [C]
-        try:
+            statistics = read_weights(find_weights("stat.pt", weights_dir))  # [C, 16, 16] or [C]
+        with as_user_error("stat.pt holds no mean and var of 768 channels"):
             for name in ("mean", "var"):
                 values = statistics[name].float().reshape(768, -1).T         # [N, C] or [1, C]
                 self.register_buffer("latent_" + name, values.contiguous())
-        except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} holds no mean and var of 768 channels ({error!r})") from None
         self.eval().requires_grad_(False)
 
     def encode(self, images):
@@ -1404,28 +1401,25 @@ class StopRequest:
 
 
 def save_checkpoint(path, state):
-    try:
+    with as_user_error(f"cannot write {path}, the one before it is kept"):
         with write_then_rename(path) as temporary:
             torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:                 # torch on a full disk: RuntimeError
-        raise UserError(f"cannot write {path} ({error}); the one before it is kept") from None
 
 
 def read_checkpoint(path):
     """A checkpoint or its run folder -> the dict that was saved. Never runs code from the file."""
     path = pathlib.Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "checkpoint.pt"
     if not path.exists():
         raise UserError(f"no checkpoint {path}; an unfinished run goes on with train --resume RUN")
     state = read_weights(path)
-    try:
+    with as_user_error(f"{path} is not a checkpoint of this program"):
         unknown = set(state["config"]) - {field.name for field in dataclasses.fields(Config)}
         if unknown:
             raise UserError(f"{path} is from another version, with the settings "
                             + ", ".join(sorted(unknown)))
         return {**state, "step": int(state["step"]), "config": Config(**state["config"])}
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a checkpoint of this program") from None
 
 
 def write_table(path, rows):
@@ -1440,15 +1434,9 @@ def restore(parts, classes, state, path):
     """Load the entries of a checkpoint into model, average and optimizer."""
     if state.get("classes") != list(classes):
         raise UserError(f"{path} is of other classes than the images that are there now")
-    for name in (*parts, "log"):
-        if name not in state:
-            raise UserError(f"{path} has no {name}: it can be sampled from, but not trained on")
-    try:
+    with as_user_error(f"{path} does not fit this program"):
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit this program: {reason}") from None
 
 
 def fit(model, losses, dataset, classes, config, folder, keep, on_save):
@@ -2004,7 +1992,7 @@ def load_run(path, device="cpu", **changes):
     """
     state = read_checkpoint(path)
     config = dataclasses.replace(state["config"], device=str(device), **changes)
-    try:
+    with as_user_error(f"{path} does not fit this program"):
         if config.method == "sphere-encoder":
             autoencoder = denoiser = SphereEncoder(config, len(state["classes"]))
         else:
@@ -2013,9 +2001,6 @@ def load_run(path, device="cpu", **changes):
             if config.autoencoder == "tiny":
                 autoencoder.load_state_dict(state["autoencoder"])
         denoiser.load_state_dict(state["average"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit this program: {reason}") from None
     denoiser.classes = state["classes"]
     for model in (autoencoder, denoiser):
         model.to(device).eval().requires_grad_(False)
@@ -2150,13 +2135,9 @@ def train_command(given):
             flag = "--" + unwanted[0].replace("_", "-")
             raise UserError(f"{flag} with --resume: a run goes on with its own settings; only "
                             "--train-steps, --data-dir and --device may be new")
-        if not (folder / "config.json").exists():
-            raise UserError(f"--resume {folder}: no run of this program")
-        try:
+        with as_user_error(f"--resume {folder}: no run of this program"):
             saved = json.loads((folder / "config.json").read_text())
             config = Config(**{**saved, "out": str(folder), **given})
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{folder}/config.json is of no run of this program: {error}") from None
         refuse_unused_flags(given, config)
         train(config, resume=True)
     else:
