@@ -55,10 +55,10 @@ import signal
 import sys
 import threading
 import time
-import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -368,10 +368,7 @@ def draw_flowers(labels, size, generator):
 
 
 class PixelImages(Dataset):
-    """Images in memory: pixels uint8 [n, 3, H, W], labels [n], names of the classes.
-
-    [i] gives (image [3, H, W] float in [0, 1], label int), as for all data sets here.
-    """
+    """Images in memory: pixels uint8 [n, 3, H, W], labels [n], names of the classes."""
 
     def __init__(self, pixels, labels, classes):
         self.pixels = pixels
@@ -396,14 +393,16 @@ def drawn_images(split, size, seed=0):
 
 
 IN_MEMORY = 8e9              # bytes of pixels; a larger data set stays in its files
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff",
+                 ".ppm", ".pgm")
+HIDDEN = (".", "__MACOSX")   # how names of files and folders begin that are left out
 
 
-def open_image(path, size):
-    """An image file -> its centre square, a PIL image: RGB, upright, white where transparent."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # Pillow's, over 90 million pixels
-            image = Image.open(path)
+def read_image(path, size):
+    """An image file -> its centre square, upright, RGB, over white: uint8 [3, size, size]."""
+    Image.MAX_IMAGE_PIXELS = None                            # Pillow's limit; cameras exceed it
+    with as_user_error(f"{path} cannot be read"):
+        image = Image.open(path)
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits per channel")
         image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode no more than is needed
@@ -412,35 +411,25 @@ def open_image(path, size):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        return image.convert("RGB").crop((left, top, left + side, top + side))
-    except Exception as error:                               # decoders raise errors of any kind
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+        image = ImageOps.fit(image.convert("RGB"), (size, size))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class ImageFiles(Dataset):
-    """Images in files: samples is a list of (path, label).
-
-    torchvision's ImageFolder wants one level of folders; this takes any list of files.
-    """
+    """Images in files: samples is a list of (path, label)."""
 
     def __init__(self, samples, classes, size):
-        from torchvision.transforms import v2
         self.samples = samples
         self.labels = torch.tensor([label for _, label in samples])
         self.classes = classes
         self.size = size
-        self.transform = v2.Compose([
-            v2.Resize((size, size), v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, i):
         path, label = self.samples[i]
-        return self.transform(open_image(path, self.size)), label
+        return read_image(path, self.size) / 255, label
 
 
 def read_images(files):
@@ -451,60 +440,53 @@ def read_images(files):
     if 3 * files.size ** 2 * len(files) > IN_MEMORY:
         return files
 
-    def read(i):
+    def read(pair):
         try:
-            image, label = files[i]
-            return (255 * image).round().byte(), label
+            return read_image(pair[0], files.size)
         except UserError as error:
-            return None, str(error)
+            return error
 
     with ThreadPoolExecutor() as pool:
-        found = pool.map(read, range(len(files)))
+        found = pool.map(read, files.samples)
         found = list(progress(found, "reading images", total=len(files)))
-    skipped = [message for image, message in found if image is None]
-    for message in skipped[:5]:
-        print(f"skipped: {message}", file=sys.stderr)
-    if len(skipped) > max(1, len(files) // 100):
-        raise UserError(f"{len(skipped)} of {len(files)} images cannot be read: {skipped[0]}")
-    pixels, labels = zip(*[pair for pair in found if pair[0] is not None])
-    return PixelImages(torch.stack(pixels), labels, files.classes)
-
-
-def is_loop(folder, root):
-    """Is a folder below root, by way of links, one that contains it?"""
-    real = os.path.realpath(folder)
-    while len(folder) > len(root):
-        folder = os.path.dirname(folder)
-        if (os.path.realpath(folder) + os.sep).startswith(real + os.sep):
-            return True
-    return False
+    errors = [image for image in found if isinstance(image, UserError)]
+    for error in errors[:5]:
+        print(f"skipped: {error}", file=sys.stderr)
+    if len(errors) > max(1, len(files) // 100):
+        raise UserError(f"{len(errors)} of {len(files)} images cannot be read: {errors[0]}")
+    is_read = torch.tensor([torch.is_tensor(image) for image in found])
+    pixels = torch.stack([image for image in found if torch.is_tensor(image)])
+    return PixelImages(pixels, files.labels[is_read], files.classes)
 
 
 def find_image_files(root):
     """All image files below a folder -> {class name: sorted paths}.
 
     A class is a folder in root; images that lie in root itself form a class of root's name. Links
-    are followed, loops are not. Hidden folders and this program's run folders are left out.
+    are followed. Hidden folders and this program's run folders are left out.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-    found, without_images = {}, {}
+    found = {}
+    visited = set()                                          # a link may lead back up
     for folder, subfolders, files in os.walk(root, followlinks=True):
+        real_folder = os.path.realpath(folder)
         is_run_folder = "checkpoint.pt" in files or {"config.json", "samples.png"} <= set(files)
-        if is_run_folder or is_loop(folder, root):
+        if is_run_folder or real_folder in visited:
             subfolders.clear()                               # os.walk does not go into them
             continue
-        subfolders[:] = [name for name in subfolders if name[0] != "." and name != "__MACOSX"]
-        relative = os.path.relpath(folder, root)
-        name = os.path.basename(root) if relative == "." else relative.split(os.sep)[0]
+        visited.add(real_folder)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(HIDDEN))
+        name = os.path.relpath(folder, root).split(os.sep)[0]
+        if name == ".":
+            name = os.path.basename(root)
         name = name.encode("utf-8", "backslashreplace").decode()             # if it is not UTF-8
+        paths = found.setdefault(name, [])
         for file in files:
-            if file.lower().endswith((*IMG_EXTENSIONS, ".gif", ".jfif")) and file[0] != ".":
-                found.setdefault(name, []).append(os.path.join(folder, file))
-            elif relative != ".":
-                without_images[name] = file
-    for name in sorted(set(without_images) - set(found)):
-        say(f"note: folder {name} holds no image, only files such as {without_images[name]}")
-    return {name: sorted(found[name]) for name in sorted(found)}
+            if file.lower().endswith(IMAGE_ENDINGS) and not file.startswith(HIDDEN):
+                paths.append(os.path.join(folder, file))
+    for name in sorted(found):
+        if not found[name] and name != os.path.basename(root):
+            say(f"note: folder {name} holds no image")
+    return {name: sorted(found[name]) for name in sorted(found) if found[name]}
 
 
 def split_by_name(images, held_out):
@@ -551,12 +533,12 @@ def folder_images(config, root, held_out):
     return images if is_split else split_by_name(images, held_out)
 
 
-def cifar_images(root, size, held_out):
+def cifar_images(config, root, held_out):
     from torchvision.datasets import CIFAR10
-    from torchvision.transforms import v2
     data = CIFAR10(root, train=not held_out, download=True)
     pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)                 # [n, 3, 32, 32]
-    pixels = v2.functional.resize(pixels, [size, size], antialias=True)
+    size = (config.image_size, config.image_size)
+    pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
     return PixelImages(pixels, data.targets, data.classes)
 
 
@@ -580,23 +562,13 @@ SOURCES = {
     "animal-faces": "the folders train and val of AFHQ, https://github.com/clovaai/stargan-v2",
     "imagenet": "the folders train and val of ImageNet-1K, https://image-net.org",
 }
-CLASS_COUNTS = {"animal-faces": 3, "imagenet": 1000}
-
-
 def find_images(config, split):
     """Find the images of a split, "train" or "test", without reading them. Raises UserError."""
-    held_out = split == "test"
+    sources = {"cifar10": cifar_images, "flowers": oxford_flowers}
+    source = sources.get(config.dataset, folder_images)
     root = os.path.expanduser(config.data_dir or "data")
     try:
-        if config.dataset == "cifar10":
-            return cifar_images(root, config.image_size, held_out)
-        if config.dataset == "flowers":
-            return oxford_flowers(config, root, held_out)
-        images = folder_images(config, root, held_out)
-        found, expected = len(images.classes), CLASS_COUNTS.get(config.dataset)
-        if expected is not None and found != expected:
-            raise UserError(f"it has {found} classes, not {expected}; one is {images.classes[0]}")
-        return images
+        return source(config, root, split == "test")
     except (UserError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no data set {config.dataset} in {root} ({reason}): put "
@@ -631,9 +603,8 @@ def index_batches(count, size=100):
 
 
 def ignore_ctrl_c(worker):
-    """The main process decides what Ctrl-C means; its workers exit with it."""
+    """The main process decides what Ctrl-C means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def make_loader(dataset, batches, device=torch.device("cpu")):
