@@ -1395,7 +1395,7 @@ def read_checkpoint(path):
 
 def write_table(path, rows):
     """Dicts with the same keys -> a .csv file."""
-    with write_then_rename(path) as temporary, open(temporary, "w", newline="") as file:
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -1690,7 +1690,6 @@ def evaluate_run(name, run, network, held_out, reference, unit):
     config, autoencoder, denoiser = run
     models = {autoencoder, denoiser}                         # one model in Sphere Encoder
     parameters = sum(p.numel() for model in models for p in model.parameters())
-    row = {"run": name, "parameters": parameters}
     decibels = torch.zeros(1, dtype=torch.float64)
 
     def rebuilt_images():
@@ -1699,24 +1698,27 @@ def evaluate_run(name, run, network, held_out, reference, unit):
             decibels.add_(psnr.sum())
             yield y
 
-    mean, covariance, _ = feature_statistics(network, rebuilt_images())
-    psnr = sum_over_processes(decibels).item() / len(held_out)
-    fid = frechet_distance(mean, covariance, *reference) / unit
-    yield {**row, "images": "rebuilt", "ms_per_image": "", "inception_score": "",
-           "psnr": f"{psnr:.2f}", "frechet_distance": f"{fid:.4f}"}
+    def measure(images, batches):
+        mean, covariance, score = feature_statistics(network, batches)
+        fid = frechet_distance(mean, covariance, *reference) / unit
+        return {"run": name, "images": images, "parameters": parameters, "ms_per_image": "",
+                "psnr": "", "inception_score": "" if score is None else f"{score:.2f}",
+                "frechet_distance": f"{fid:.4f}"}
+
+    row = measure("rebuilt", rebuilt_images())
+    row["psnr"] = f"{sum_over_processes(decibels).item() / len(held_out):.2f}"
+    yield row
     labels = balanced_labels(config.eval_samples, denoiser.num_classes)
     for steps in STEP_COUNTS:
-        what = "1 step" if steps == 1 else f"{steps} steps"
         began = time.perf_counter()
         sample_images(denoiser, autoencoder, labels[:50], config, steps)
         milliseconds = 1000 * (time.perf_counter() - began) / len(labels[:50])
         batches = sample_batches(denoiser, autoencoder, labels, config, steps)
+        what = "1 step" if steps == 1 else f"{steps} steps"
         bar = progress(batches, what, total=math.ceil(len(labels) / 100), leave=False)
-        mean, covariance, score = feature_statistics(network, (images for _, images in bar))
-        fid = frechet_distance(mean, covariance, *reference) / unit
-        yield {**row, "images": what, "ms_per_image": f"{milliseconds:.1f}", "psnr": "",
-               "inception_score": "" if score is None else f"{score:.2f}",
-               "frechet_distance": f"{fid:.4f}"}
+        row = measure(what, (images for _, images in bar))
+        row["ms_per_image"] = f"{milliseconds:.1f}"
+        yield row
 
 
 def evaluate(runs):
@@ -1725,11 +1727,9 @@ def evaluate(runs):
     With the paper's autoencoder the distance is FID, to the training images. Otherwise it is in
     untrained features, to the held-out images, in units of their variance.
     """
-    configs = [config for config, _, _ in runs.values()]
     config, _, denoiser = next(iter(runs.values()))
     device = next(denoiser.parameters()).device
-    kinds = {(other.dataset, other.data_dir, other.image_size, other.uses_rae())
-             for other in configs}
+    kinds = {(c.dataset, c.data_dir, c.image_size, c.uses_rae()) for c, _, _ in runs.values()}
     if len(kinds) > 1:
         raise UserError("these runs use different images or autoencoders: evaluate them one by one")
     held_out = load_images(config, "test")
@@ -1738,22 +1738,19 @@ def evaluate(runs):
         real, unit = load_images(config, "train"), 1.0
         mean, covariance, _ = feature_statistics(network, iterate_images(real))
         say(f"Fréchet distance: FID-{config.eval_samples} to {len(real):,} training images")
-        if config.eval_samples < 2048:
-            say("warning: biased upwards below 2,048 samples, the number of features; raise "
-                "--eval-samples")
     else:
         network = UntrainedFeatures().to(device)
         mean, covariance, _ = feature_statistics(network, iterate_images(held_out))
         unit = covariance.trace().clamp(min=1e-9).item()
         say(f"Fréchet distance: in untrained features, {config.eval_samples} samples to "
             f"{len(held_out):,} held-out images, in units of their variance")
-    say(f"{'run':20} {'images':8} {'parameters':>12} {'ms/image':>9} {'PSNR':>6} "
-        f"{'Fréchet distance':>17} {'Inception Score':>16}")
+    line = "{:20} {:8} {:>12} {:>9} {:>6} {:>16} {:>17}"
+    say(line.format("run", "images", "parameters", "ms/image", "PSNR", "Inception Score",
+                    "Fréchet distance"))
     rows = []
     for name, run in runs.items():
         for row in evaluate_run(name, run, network, held_out, (mean, covariance), unit):
-            say(f"{name:20} {row['images']:8} {row['parameters']:12,} {row['ms_per_image']:>9} "
-                f"{row['psnr']:>6} {row['frechet_distance']:>17} {row['inception_score']:>16}")
+            say(line.format(*row.values()))
             rows.append(row)
     return rows
 
@@ -1851,18 +1848,14 @@ def picture(path, rows, row_names, column_names=()):
     figure = Figure((columns, len(rows)), dpi=128)           # an inch for each image
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c").numpy(), aspect="auto")
-    names = []
-    for name in (*row_names, *column_names):                 # the font has only Latin letters
-        if max(map(ord, name), default=0) > 0x24F:
-            name = name.encode("ascii", "backslashreplace").decode()
-        names.append(name[:24])
+    names = [*row_names, *column_names]                      # the font has only Latin letters
+    names = [name.encode("latin-1", "backslashreplace").decode("latin-1")[:24] for name in names]
     middles = [side * (n + 0.5) for n in range(len(names))]
     axes.set_yticks(middles[:len(rows)], names[:len(rows)], parse_math=False)
     axes.set_xticks(middles[:len(column_names)], names[len(rows):], parse_math=False)
     axes.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
-    with write_then_rename(path) as temporary:
-        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
+    figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.05)
 
 
 def sample_figure(denoiser, autoencoder, classes, config, path):
@@ -1893,8 +1886,7 @@ def loss_figure(log, path):
         axes.plot([row["step"] for row in log], [row[name] for row in log], label=name, lw=1)
     axes.set(xlabel="updates", ylabel="loss, unweighted", yscale="log")
     axes.legend(fontsize=8)
-    with write_then_rename(path) as temporary:
-        figure.savefig(temporary, format="png", bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1917,14 +1909,14 @@ def small_command(config):
 def check_inputs(config):
     """Look for all data and weights before anything long. What is missing is said at once."""
     problems = []
-    advice = small_command(config) if config.uses_rae() else "python sphere_latent.py train"
+    advice = "python sphere_latent.py train"                 # the drawn flowers need no files
     if config.dataset != "drawn":
         try:
             find_images(config, "train")
             find_images(config, "test")
+            advice = small_command(config)
         except UserError as error:
             problems.append(str(error))
-            advice = "python sphere_latent.py train"         # the drawn flowers need no files
     names = [*HUGGING_FACE_FILES, INCEPTION] if config.uses_rae() else []
     for name in names:
         try:
@@ -2230,9 +2222,7 @@ def main(argv=None):
     except KeyboardInterrupt as stopped:
         message = str(stopped) or "stopped; training goes on with train --resume RUN"
         code = 130
-    except torch.OutOfMemoryError as error:
-        message = f"{error}; raise --accumulate, or lower --batch-size"
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         # an error from a DataLoader worker begins with its traceback
         message = str(error).split("UserError: ")[-1].strip()
     print(f"sphere_latent.py: {message}", file=sys.stderr)
