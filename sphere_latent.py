@@ -16,11 +16,8 @@ The method of "Efficient Image Synthesis with Sphere Latent Encoder" (arXiv 2605
      back into noise and denoise again. Decode the last z_hat.
 
 The paper's loss weights, noise parameters and tilts between steps are not known to us: they, and
-the squared error as the distance, are ours or Sphere Encoder's. README.md lists the differences.
-
-Sphere Encoder, the predecessor (arXiv 2602.15030), has losses 1 and 2 on pixels. It has no frozen
-autoencoder: its encoder and decoder are trained together, and both run in every step. It is section
-10 of this file and serves as the baseline.
+the squared error as the distance, are ours or those of its predecessor, Sphere Encoder (arXiv
+2602.15030), which is section 10 of this file. README.md lists the differences.
 
 Commands, from the smallest to the largest:
   python sphere_latent.py train                                   drawn flowers, CPU, offline
@@ -273,9 +270,7 @@ LABEL_DROPOUT = 0.1          # share of the labels that become the null label, f
 
 def preset(dataset, method="sphere-latent", autoencoder=""):
     """The Config that a data set, a method and an autoencoder start from."""
-    if dataset not in PRESETS:
-        raise UserError(f"--dataset {dataset}: choose from {', '.join(PRESETS)}")
-    settings = dict(PRESETS[dataset])
+    settings = dict(PRESETS.get(dataset, {}))
     is_of_paper = settings.get("autoencoder") == "dinov2-b"
     if is_of_paper and (autoencoder == "tiny" or method == "sphere-encoder"):
         settings = dict(PHOTOS)
@@ -2047,13 +2042,12 @@ def train(config, resume=False, overwrite=False):
     folder = prepare_folder(config, resume, overwrite)
     images, held_out = load_images(config, "train"), load_images(config, "test")
     counts = torch.bincount(images.labels, minlength=len(images.classes)).tolist()
-    shown = [f"{name} {count}" for name, count in zip(images.classes, counts)][:12]
     if 0 in counts:
         raise UserError(f"no image of class {images.classes[counts.index(0)]} can be read")
-    say(f"{len(images):,} images to learn and {len(held_out):,} to compare with, of {len(counts)} "
-        f"classes: {', '.join(shown)}{', ...' if len(counts) > 12 else ''}")
-    say(f"device {device}, {config.train_steps:,} updates of {config.batch_size} images, "
-        f"folder {folder}")
+    say(f"{len(images):,} images to learn and {len(held_out):,} to compare with; device {device}, "
+        f"{config.train_steps:,} updates of {config.batch_size} images, folder {folder}")
+    shown = [f"{name} {count}" for name, count in zip(images.classes, counts)]
+    say(f"{len(shown)} classes: {', '.join(shown[:100])}")
     if config.method == "sphere-encoder":
         autoencoder = denoiser = fit_sphere_encoder(config, images, folder, device)
     else:
@@ -2088,29 +2082,35 @@ def refuse_unused_flags(given, config):
             raise UserError(f"--{name.replace('_', '-')} has no effect here: leave it out")
 
 
+def resumed_config(folder, given):
+    """The settings of a run, with the flags in `given` in their place."""
+    unwanted = sorted(set(given) - {"train_steps", "data_dir", "device"})
+    if unwanted:
+        flag = "--" + unwanted[0].replace("_", "-")
+        raise UserError(f"{flag} with --resume: a run goes on with its own settings; only "
+                        "--train-steps, --data-dir and --device may be new")
+    folder = pathlib.Path(folder).expanduser()
+    if folder.is_file():                                     # RUN/checkpoint.pt
+        folder = folder.parent
+    with as_user_error(f"--resume {folder}: no run of this program"):
+        saved = json.loads((folder / "config.json").read_text())
+        return Config(**{**saved, "out": str(folder), **given})
+
+
 def train_command(given):
     """Train a model; write its checkpoint, pictures and distances to a run folder."""
-    if "resume" in given:
-        folder = pathlib.Path(given.pop("resume")).expanduser()
-        folder = folder.parent if folder.is_file() else folder               # RUN/checkpoint.pt
-        unwanted = sorted(set(given) - {"train_steps", "data_dir", "device"})
-        if unwanted:
-            flag = "--" + unwanted[0].replace("_", "-")
-            raise UserError(f"{flag} with --resume: a run goes on with its own settings; only "
-                            "--train-steps, --data-dir and --device may be new")
-        with as_user_error(f"--resume {folder}: no run of this program"):
-            saved = json.loads((folder / "config.json").read_text())
-            config = Config(**{**saved, "out": str(folder), **given})
-        refuse_unused_flags(given, config)
-        train(config, resume=True)
+    resume = given.pop("resume", None)
+    if resume is not None:
+        config = resumed_config(resume, given)
+        overwrite = False
     else:
         overwrite = given.pop("overwrite", False)
         if "data_dir" in given:
             given.setdefault("dataset", "folder")
         choices = {name: given[name] for name in ("method", "autoencoder") if name in given}
         config = dataclasses.replace(preset(given.get("dataset", "drawn"), **choices), **given)
-        refuse_unused_flags(given, config)
-        folder = train(config, overwrite=overwrite)
+    refuse_unused_flags(given, config)
+    folder = train(config, resume=resume is not None, overwrite=overwrite)
     say(f"look at {folder / 'samples.png'}")
 
 
@@ -2140,7 +2140,7 @@ def sample_command(given):
     words, count = given.pop("classes", None), given.pop("count", 8)
     folder = path if path.is_dir() else path.parent
     out = pathlib.Path(given.pop("out", folder / "sampled.png")).expanduser()
-    if out.suffix.lower() != ".png" or out.is_dir():
+    if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must be the name of a .png file")
     out.parent.mkdir(parents=True, exist_ok=True)
     config, autoencoder, denoiser = open_run(path, given)
@@ -2148,9 +2148,8 @@ def sample_command(given):
     chosen = sorted(set(balanced_labels(12, len(classes)).tolist()))         # at most twelve
     if words is not None:
         chosen = [class_number(word, classes) for word in words]
-    if not 1 <= count <= 500 or len(chosen) > 500 or count * len(chosen) > 1000:
-        raise UserError(f"--count {count}, {len(chosen)} classes: a sheet has room for 1,000 "
-                        "images, and for 500 in a row or column")
+    if not 1 <= count * len(chosen) <= 500:
+        raise UserError(f"--count {count}, {len(chosen)} classes: a sheet has room for 500 images")
     labels = torch.tensor(chosen).repeat_interleave(count)
     images = sample_images(denoiser, autoencoder, labels, config, config.steps)
     picture(out, images.split(count), [classes[label] for label in chosen])
@@ -2182,19 +2181,16 @@ def build_parser():
             description=function.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False)
         command.set_defaults(function=function)
         for name in names:
-            options = fields[name].metadata["options"]
-            meaning = fields[name].metadata["meaning"]
-            if options:
-                meaning += ": " + " | ".join(options)
-            if fields[name].default != "":
-                meaning += f" (default: {fields[name].default})"
-            how = {"type": fields[name].type}
-            if fields[name].type is bool:
+            field = fields[name]
+            meaning = field.metadata["meaning"]
+            if field.default != "":
+                meaning += f" (default: {field.default})"
+            how = {"type": field.type, "choices": field.metadata["options"]}
+            if field.type is bool:
                 how = {"action": argparse.BooleanOptionalAction}
             command.add_argument("--" + name.replace("_", "-"), help=meaning, **how)
         if function is train_command:
-            command.add_argument("--resume", metavar="RUN", help="run folder to go on with; may be "
-                                 "joined by --train-steps, --data-dir and --device alone")
+            command.add_argument("--resume", metavar="RUN", help="run folder to go on with")
             command.add_argument("--overwrite", action="store_true", help="replace the run there")
         if function is sample_command:
             command.add_argument("--out", help="picture to write (default: RUN/sampled.png)")
