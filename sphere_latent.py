@@ -140,19 +140,8 @@ def autocast(device):
 
 
 def seeded_generator(seed, index, device="cpu"):
-    """A random generator that depends on a seed and on the number of an update or of an image.
-
-    So a resumed run needs no saved random state. Different uses may share a generator's numbers.
-    """
+    """A generator for one update or one image: a resumed run needs no saved random state."""
     return torch.Generator(device).manual_seed(seed * 1_000_003 + index)     # a prime: seeds apart
-
-
-@contextlib.contextmanager
-def write_then_rename(path):
-    """Write to a temporary name, then rename: a reader finds the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".part")
-    yield temporary
-    os.replace(temporary, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -578,16 +567,15 @@ def load_images(config, split):
     if config.dataset == "drawn":
         return drawn_images(split, config.image_size)
     images = find_images(config, split)
-    return read_images(images) if isinstance(images, ImageFiles) else images
+    if isinstance(images, ImageFiles):
+        images = read_images(images)
+    return images
 
 
 def random_index_batches(count, config, first_step, last_step):
-    """Yield the indices of the images of each update, drawn with replacement.
-
-    They depend on seed and step alone, so that a resumed run goes on with the right ones.
-    """
+    """Yield the indices of the images of each update; they depend on seed and step alone."""
     for step in range(first_step, last_step):
-        generator = seeded_generator(config.seed, step)
+        generator = seeded_generator(config.seed, step)      # drawn with replacement
         yield torch.randint(count, (config.batch_size,), generator=generator).tolist()
 
 
@@ -1253,8 +1241,7 @@ def encode_images(autoencoder, images, config, folder):
     shape = (views, count, *autoencoder.latent_shape)
     path, size = folder / "latents.bin", 2 * math.prod(shape)
     is_there = path.exists() and path.stat().st_size == size
-    free = shutil.disk_usage(folder).free
-    has_room = torch.tensor(float(is_there or size < 0.9 * free))
+    has_room = torch.tensor(float(is_there or size < 0.9 * shutil.disk_usage(folder).free))
     if sum_over_processes(has_room) < world_size():          # some process has none
         say(f"no room in {folder} for {size / 1e9:.1f} GB of latents: the autoencoder will run in "
             "every update, which is slower")
@@ -1312,14 +1299,10 @@ def update(model, objective, optimizer, x, labels, config, step):
     optimizer.zero_grad()
     totals = []
     chunks = [tensor.chunk(config.accumulate) for tensor in batch]
-    for i, micro_batch in enumerate(zip(*chunks), 1):
-        context = contextlib.nullcontext()
-        if world_size() > 1 and i < config.accumulate:
-            context = objective.no_sync()                    # processes exchange gradients once
-        with context:
-            with autocast(device):
-                losses = objective(*micro_batch)
-            (losses["total"] / config.accumulate).backward()
+    for micro_batch in zip(*chunks):
+        with autocast(device):
+            losses = objective(*micro_batch)
+        (losses["total"] / config.accumulate).backward()
         totals.append(torch.stack([loss.detach() for loss in losses.values()]))
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -1346,7 +1329,7 @@ class StopRequest:
 
     def __enter__(self):
         self.received = False
-        self.old_handlers = {}
+        self.old_handlers = {}                               # only the main thread may set them
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.old_handlers[number] = signal.signal(number, self.receive)
@@ -1367,9 +1350,11 @@ class StopRequest:
 
 
 def save_checkpoint(path, state):
+    """Write under another name, then rename: at every moment the file is whole, old or new."""
+    temporary = path.with_name(path.name + ".part")
     with as_user_error(f"cannot write {path}, the one before it is kept"):
-        with write_then_rename(path) as temporary:
-            torch.save(state, temporary)
+        torch.save(state, temporary)
+        os.replace(temporary, path)
 
 
 def read_checkpoint(path):
@@ -1936,8 +1921,7 @@ def prepare_folder(config, resume, overwrite):
         if overwrite:
             for name in RUN_FILES:
                 (folder / name).unlink(missing_ok=True)
-        with write_then_rename(folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(vars(config), indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
     wait_for_all_processes()
     return folder
 
@@ -1945,8 +1929,7 @@ def prepare_folder(config, resume, overwrite):
 def load_run(path, device="cpu", **changes):
     """A run folder or checkpoint -> config, autoencoder, denoiser (averaged weights, eval mode).
 
-    In Sphere Encoder the last two are one model. changes: fields of config to replace.
-    denoiser.classes has the names of the classes.
+    changes: fields of config to replace. denoiser.classes has the names of the classes.
     """
     state = read_checkpoint(path)
     config = dataclasses.replace(state["config"], device=str(device), **changes)
@@ -2029,10 +2012,7 @@ def fit_sphere_encoder(config, images, folder, device):
 
 
 def train(config, resume=False, overwrite=False):
-    """Images in, run folder out: autoencoder, latents, denoiser, pictures, Fréchet distances.
-
-    resume: go on with the run in the folder. overwrite: replace the run in the folder.
-    """
+    """Train, draw, evaluate -> the run folder; a run in it is gone on with, or replaced."""
     device = find_device(config.device)
     if device.type == "cpu" and config.uses_rae():
         seconds = CPU_SECONDS_PER_IMAGE[config.model_size] * config.train_steps * config.batch_size
