@@ -585,16 +585,17 @@ def index_batches(count, size=100):
     return [batch.tolist() for batch in batches][rank()::world_size()]
 
 
-def ignore_ctrl_c(worker):
-    """The main process decides what Ctrl-C means."""
+def ignore_signals(worker):
+    """The main process decides what Ctrl-C or SIGTERM means; its workers exit with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_loader(dataset, batches, device=torch.device("cpu")):
     """Lists of indices -> batches (images or latents [B, ...], labels [B])."""
     workers = min(8, os.cpu_count()) if isinstance(dataset, ImageFiles) else 0
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=ignore_ctrl_c)
+                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
 
 def random_images(images, count, seed):
@@ -672,9 +673,8 @@ def sincos_positions(tokens, width):
 class Transformer(nn.Module):
     """Tokens [B, N, in_channels] and labels [B] -> tokens [B, N, out_channels].
 
-    The label num_classes is the null label, "no class"; it is used where labels is None. At
-    initialization each block is the identity and the output is zero. The denoiser, the decoder of
-    TinyRAE and both halves of Sphere Encoder are made of it.
+    The label num_classes is the null label, "no class"; it is used where labels is None. The
+    denoiser, the decoder of TinyRAE and both halves of Sphere Encoder are made of it.
     """
 
     def __init__(self, tokens, in_channels, out_channels, width, depth, heads, num_classes=0,
@@ -692,7 +692,7 @@ class Transformer(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """As in DiT: zero modulation turns blocks off, a zero head makes the output zero."""
+        """As in DiT: zero modulation makes each block the identity, a zero head the output zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -878,7 +878,6 @@ class TinyRAE(nn.Module):
         self.register_buffer("latent_var", torch.ones(1, channels))          # are normalised
 
     def encode(self, images):
-        """Images in [0, 1] -> latents."""
         return self.pca.encode(images)
 
     def decode_unclamped(self, z):
@@ -887,7 +886,6 @@ class TinyRAE(nn.Module):
         return image + self.decoder(z, image).float()
 
     def decode(self, z):
-        """Latents -> images in [0, 1]."""
         return self.decode_unclamped(z).clamp(0, 1)
 
 
@@ -957,10 +955,7 @@ def rename_decoder_keys(decoder, state_dict, prefix, *unused):
 
 
 class RAEDecoder(nn.Module):
-    """Tokens [B, N, C] -> images [B, 3, H, W]: RAE's decoder, a ViT as in MAE.
-
-    load_state_dict takes the published key names and is strict about them.
-    """
+    """Tokens [B, N, C] -> images [B, 3, H, W]: RAE's decoder, a ViT as in MAE."""
 
     def __init__(self, latent_channels=768, tokens=256, width=1152, depth=28, heads=16,
                  mlp_width=4096, patch_size=16):
@@ -1019,7 +1014,6 @@ class RAE(nn.Module):
         self.eval().requires_grad_(False)
 
     def encode(self, images):
-        """Images in [0, 1] -> latents with mean 0 and variance 1."""
         x = F.interpolate(images, (224, 224), mode="bicubic")                # [B, 3, 224, 224]
         x = (x - IMAGENET_MEAN.to(x)) / IMAGENET_STD.to(x)
         tokens = self.encoder.forward_features(x).float()                    # [B, 5 + N, C]
@@ -1027,13 +1021,11 @@ class RAE(nn.Module):
         return (z - self.latent_mean) / (self.latent_var + 1e-5).sqrt()
 
     def decode(self, z):
-        """Latents -> images in [0, 1]."""
         return self.decoder(z * (self.latent_var + 1e-5).sqrt() + self.latent_mean).clamp(0, 1)
 
 
 def load_autoencoder(name, config=None, pretrained=True):
-    """Build "tiny", a TinyRAE of config's sizes that is not trained yet, or "dinov2-b", the paper's
-    RAE with the published weights or, with pretrained=False, random ones."""
+    """"tiny": a TinyRAE of config's sizes, not trained yet. "dinov2-b": the paper's RAE."""
     config = config or Config()
     if name == "tiny":
         return TinyRAE(config.image_size, config.patch_size, config.latent_channels)
@@ -1281,8 +1273,7 @@ class Objective(nn.Module):
 def update(model, objective, optimizer, x, labels, config, step):
     """One update from this process's part (x, labels) of a batch -> its losses, a dict of scalars.
 
-    Everything random is drawn for the whole batch and then divided, so that the result does not
-    depend on the number of processes.
+    All that is random is drawn for the whole batch: any number of processes gives the same result.
     """
     device = labels.device
     generator = seeded_generator(config.seed, step, device)
@@ -1393,8 +1384,7 @@ def restore(parts, classes, state, path):
 def fit(model, losses, dataset, classes, config, folder, keep, on_save):
     """The training loop -> the averaged model. It goes on from folder/checkpoint.pt if that exists.
 
-    losses(x, labels, e, alpha_small, alpha_large): a dict with "total". keep: further entries of
-    the checkpoint. on_save(average) is called with every checkpoint.
+    keep: further entries of the checkpoint. on_save(average) is called with every checkpoint.
     """
     device, path = next(model.parameters()).device, folder / "checkpoint.pt"
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -1602,8 +1592,7 @@ class InceptionFID(nn.Module):
 class UntrainedFeatures(nn.Module):
     """Images [B, 3, H, W] in [0, 1] -> features [B, 256] of convolutions with fixed random weights.
 
-    They need no download and favour no run, because nothing was trained. They compare runs on the
-    same images and nothing else: their distance is not an FID.
+    They need no download and favour no run. They compare runs on the same images; it is no FID.
     """
 
     def __init__(self):
