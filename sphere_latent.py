@@ -83,9 +83,7 @@ def as_user_error(problem):
         raise UserError(f"{problem} ({type(error).__name__}: {reason})") from None
 
 
-# --------------------------------------------------------------------------------------------------
-# Helpers: processes, devices, files
-# --------------------------------------------------------------------------------------------------
+# ---- Helpers: processes, devices, files ----------------------------------------------------------
 # torchrun starts several processes; each one trains on its part of every batch.
 
 def world_size():
@@ -144,9 +142,7 @@ def seeded_generator(seed, index, device="cpu"):
     return torch.Generator(device).manual_seed(seed * 1_000_003 + index)     # a prime: seeds apart
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. Configuration
-# --------------------------------------------------------------------------------------------------
+# ---- 1. Configuration ----------------------------------------------------------------------------
 
 def setting(default, meaning, options=None, low=None, high=10**9):
     """A field of Config: its default, its meaning for --help, and the values that it may take.
@@ -268,9 +264,7 @@ def preset(dataset, method="sphere-latent", autoencoder=""):
     return Config(dataset=dataset, method=method, **settings)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Images
-# --------------------------------------------------------------------------------------------------
+# ---- 2. Images -----------------------------------------------------------------------------------
 # The built-in data: drawn flowers. All but the class is random: place, size, lean, light, ground.
 
 SPECIES = [
@@ -610,9 +604,7 @@ def iterate_images(images):
         yield x
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The transformer
-# --------------------------------------------------------------------------------------------------
+# ---- 3. The transformer --------------------------------------------------------------------------
 #     D width   K = D / heads, the channels of a head
 
 class RMSNorm(nn.RMSNorm):
@@ -748,9 +740,7 @@ def denoiser_for(config, latent_shape, num_classes):
     return Denoiser(latent_shape, num_classes, width, depth, heads, config.checkpoint_blocks)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Frozen autoencoders
-# --------------------------------------------------------------------------------------------------
+# ---- 4. Frozen autoencoders ----------------------------------------------------------------------
 # RAE has a frozen encoder, DINOv2, and a decoder that is trained on noisy latents. TinyRAE is RAE
 # in miniature. Its encoder is PCA of patches, computed in closed form: a patch is described by how
 # strongly it shows each of C patterns. The patterns reach a little into the next patches and fade
@@ -1034,9 +1024,7 @@ def load_autoencoder(name, config=None, pretrained=True):
     raise UserError(f"no autoencoder {name}: choose tiny or dinov2-b")
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. The sphere
-# --------------------------------------------------------------------------------------------------
+# ---- 5. The sphere -------------------------------------------------------------------------------
 #     A latent [N, C] is one vector of L = N C numbers. The sphere has the radius sqrt(L).
 #     With so many numbers a random e is nearly orthogonal to v and nearly as long. So the angle
 #     from v to f(cos(alpha) v + sin(alpha) e) is alpha, to within a few degrees.
@@ -1108,9 +1096,7 @@ def sample_angles(batch, config, generator=None):
     return alpha_small, alpha_large
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. The three losses
-# --------------------------------------------------------------------------------------------------
+# ---- 6. The three losses -------------------------------------------------------------------------
 
 def distance(a, b):
     """Mean squared error between latents [B, N, C], smooth L1 between images [B, 3, H, W]."""
@@ -1173,9 +1159,7 @@ def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large
     return losses
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Training
-# --------------------------------------------------------------------------------------------------
+# ---- 7. Training ---------------------------------------------------------------------------------
 
 def learning_rate_at(step, steps, largest):
     """Linear warm-up over 50 updates, then constant, then linear decay over the second half."""
@@ -1440,9 +1424,7 @@ def fit(model, losses, dataset, classes, config, folder, keep, on_save):
     return average
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. Sampling
-# --------------------------------------------------------------------------------------------------
+# ---- 8. Sampling ---------------------------------------------------------------------------------
 
 def guided(network, x, labels, null_label, scale):
     """Classifier-free guidance: network(x, labels), pushed away from network(x, null label)."""
@@ -1530,9 +1512,7 @@ def balanced_labels(count, num_classes):
     return torch.arange(count) % num_classes
 
 
-# --------------------------------------------------------------------------------------------------
-# 9. FID
-# --------------------------------------------------------------------------------------------------
+# ---- 9. FID --------------------------------------------------------------------------------------
 
 def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     """Squared Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)).
@@ -1724,9 +1704,7 @@ def evaluate(runs):
     return rows
 
 
-# --------------------------------------------------------------------------------------------------
-# 10. Sphere Encoder
-# --------------------------------------------------------------------------------------------------
+# ---- 10. Sphere Encoder --------------------------------------------------------------------------
 
 class SphereEncoder(nn.Module):
     """The predecessor: an encoder E and a decoder D, trained together on pixels.
@@ -1804,9 +1782,7 @@ class PerceptualDistance(nn.Module):
         return total
 
 
-# --------------------------------------------------------------------------------------------------
-# 11. Figures
-# --------------------------------------------------------------------------------------------------
+# ---- 11. Figures ---------------------------------------------------------------------------------
 
 def picture(path, rows, row_names, column_names=()):
     """Write a sheet of images: rows is a list of [n, 3, H, W] in [0, 1], with a name for each."""
@@ -1858,9 +1834,7 @@ def loss_figure(log, path):
     figure.savefig(path, bbox_inches="tight")
 
 
-# --------------------------------------------------------------------------------------------------
-# 12. Whole runs, and the command line
-# --------------------------------------------------------------------------------------------------
+# ---- 12. Whole runs, and the command line --------------------------------------------------------
 
 RUN_FILES = ("config.json", "autoencoder.pt", "checkpoint.pt", "latents.bin", "log.csv", "loss.png",
              "samples.png", "reconstructions.png", "evaluation.csv")
