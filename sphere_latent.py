@@ -236,16 +236,17 @@ class Config:
 # PHOTOS: for any folder of images, and for the others with --autoencoder tiny; guidance by a sweep
 # on photographs (README.md), the rest by trying.
 # PAPER: batch size, learning rate and EMA of RAE's second stage; about 1,000 epochs (ImageNet 800).
+# accumulate: parts of 32 images on one GPU; for ImageNet, of 16 on each of eight.
 PHOTOS = {"autoencoder_steps": 1000, "train_steps": 5000, "learning_rate": 3e-3, "cfg_scale": 3.0}
 PAPER = {"autoencoder": "dinov2-b", "image_size": 256, "model_size": "B", "batch_size": 1024,
-         "learning_rate": 2e-4, "ema_decay": 0.9995, "eval_samples": 50_000}
+         "accumulate": 32, "learning_rate": 2e-4, "ema_decay": 0.9995, "eval_samples": 50_000}
 PRESETS = {
     "drawn": {},
     "folder": PHOTOS,
     "cifar10": {"image_size": 32, "patch_size": 4, "latent_channels": 16, "model_size": "S"},
     "flowers": {**PAPER, "train_steps": 8000, "eval_samples": 51_000},
     "animal-faces": {**PAPER, "train_steps": 14_000},
-    "imagenet": {**PAPER, "model_size": "XL", "train_steps": 1_000_000},
+    "imagenet": {**PAPER, "model_size": "XL", "accumulate": 8, "train_steps": 1_000_000},
 }
 # the noise of its paper; the weights are at the lower end of its ranges
 SPHERE_ENCODER = {"noise_distribution": "uniform-tangent", "max_angle": 85.0, "tilt": 85.0,
@@ -540,6 +541,8 @@ SOURCES = {
     "animal-faces": "the folders train and val of AFHQ, https://github.com/clovaai/stargan-v2",
     "imagenet": "the folders train and val of ImageNet-1K, https://image-net.org",
 }
+
+
 def find_images(config, split):
     """Find the images of a split, "train" or "test", without reading them. Raises UserError."""
     sources = {"cifar10": cifar_images, "flowers": oxford_flowers}
@@ -868,6 +871,7 @@ class TinyRAE(nn.Module):
         self.register_buffer("latent_var", torch.ones(1, channels))          # are normalised
 
     def encode(self, images):
+        """Images in [0, 1] -> latents."""
         return self.pca.encode(images)
 
     def decode_unclamped(self, z):
@@ -876,6 +880,7 @@ class TinyRAE(nn.Module):
         return image + self.decoder(z, image).float()
 
     def decode(self, z):
+        """Latents -> images in [0, 1]."""
         return self.decode_unclamped(z).clamp(0, 1)
 
 
@@ -945,7 +950,10 @@ def rename_decoder_keys(decoder, state_dict, prefix, *unused):
 
 
 class RAEDecoder(nn.Module):
-    """Tokens [B, N, C] -> images [B, 3, H, W]: RAE's decoder, a ViT as in MAE."""
+    """Tokens [B, N, C] -> images [B, 3, H, W]: RAE's decoder, a ViT as in MAE.
+
+    load_state_dict takes the published key names and is strict about them.
+    """
 
     def __init__(self, latent_channels=768, tokens=256, width=1152, depth=28, heads=16,
                  mlp_width=4096, patch_size=16):
@@ -1004,6 +1012,7 @@ class RAE(nn.Module):
         self.eval().requires_grad_(False)
 
     def encode(self, images):
+        """Images in [0, 1] -> latents with mean 0 and variance 1."""
         x = F.interpolate(images, (224, 224), mode="bicubic")                # [B, 3, 224, 224]
         x = (x - IMAGENET_MEAN.to(x)) / IMAGENET_STD.to(x)
         tokens = self.encoder.forward_features(x).float()                    # [B, 5 + N, C]
@@ -1011,11 +1020,13 @@ class RAE(nn.Module):
         return (z - self.latent_mean) / (self.latent_var + 1e-5).sqrt()
 
     def decode(self, z):
+        """Latents -> images in [0, 1]."""
         return self.decoder(z * (self.latent_var + 1e-5).sqrt() + self.latent_mean).clamp(0, 1)
 
 
 def load_autoencoder(name, config=None, pretrained=True):
-    """"tiny": a TinyRAE of config's sizes, not trained yet. "dinov2-b": the paper's RAE."""
+    """Build "tiny", a TinyRAE of config's sizes that is not trained yet, or "dinov2-b", the paper's
+    RAE with the published weights or, with pretrained=False, random ones."""
     config = config or Config()
     if name == "tiny":
         return TinyRAE(config.image_size, config.patch_size, config.latent_channels)
@@ -1274,7 +1285,9 @@ def update(model, objective, optimizer, x, labels, config, step):
     optimizer.zero_grad()
     totals = []
     chunks = [tensor.chunk(config.accumulate) for tensor in batch]
-    for micro_batch in zip(*chunks):
+    for i, micro_batch in enumerate(zip(*chunks), 1):
+        if world_size() > 1:                                 # processes exchange gradients once
+            objective.require_backward_grad_sync = i == config.accumulate
         with autocast(device):
             losses = objective(*micro_batch)
         (losses["total"] / config.accumulate).backward()
@@ -1368,7 +1381,8 @@ def restore(parts, classes, state, path):
 def fit(model, losses, dataset, classes, config, folder, keep, on_save):
     """The training loop -> the averaged model. It goes on from folder/checkpoint.pt if that exists.
 
-    keep: further entries of the checkpoint. on_save(average) is called with every checkpoint.
+    losses(x, labels, e, alpha_small, alpha_large): a dict with "total". keep: further entries of
+    the checkpoint. on_save(average) is called with every checkpoint.
     """
     device, path = next(model.parameters()).device, folder / "checkpoint.pt"
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -1452,8 +1466,8 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, largest_tilt=math.pi / 2, n
     """Random points on the sphere -> clean latents z [B, N, C], by `steps` calls of the denoiser.
 
     labels [B]; noise [steps, B, N, C], drawn if None. After call k of n the estimate is tilted back
-    into noise by (1 - k/n) largest_tilt, radians: 67.5, 45 and 22.5 degrees for four steps. The
-    paper's angles and its noise are unknown; these are ours (README.md). The last estimate is
+    into noise by (1 - k/n)^0.7 largest_tilt, radians: 74, 55 and 34 degrees for four steps. The
+    paper's angles and its noise are unknown; these were found by trying. The last estimate is
     returned as it is, not spherified, as we read the paper's "raw final step".
     return_path: also return all noisy points and estimates, in turn.
     """
@@ -1467,7 +1481,7 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, largest_tilt=math.pi / 2, n
         z_hat = guided(denoiser, v, labels, denoiser.num_classes, cfg_scale)         # [B, N, C]
         trajectory += [v, z_hat]
         if k < steps:
-            alpha = (1 - k / steps) * largest_tilt
+            alpha = (1 - k / steps) ** 0.7 * largest_tilt
             v = noisy_spherify(spherify(z_hat), noise[k], alpha)             # [B, N, C]
     return (z_hat, trajectory) if return_path else z_hat
 
@@ -1687,6 +1701,9 @@ def evaluate(runs):
         real, unit = load_images(config, "train"), 1.0
         mean, covariance, _ = feature_statistics(network, iterate_images(real))
         say(f"Fréchet distance: FID-{config.eval_samples} to {len(real):,} training images")
+        if config.eval_samples < 2048:
+            say("warning: biased upwards below 2,048 samples, the number of features; raise "
+                "--eval-samples")
     else:
         network = UntrainedFeatures().to(device)
         mean, covariance, _ = feature_statistics(network, iterate_images(held_out))
@@ -1975,7 +1992,10 @@ def fit_sphere_encoder(config, images, folder, device):
 
 
 def train(config, resume=False, overwrite=False):
-    """Train, draw, evaluate -> the run folder; a run in it is gone on with, or replaced."""
+    """Images in, run folder out: autoencoder, latents, denoiser, pictures, Fréchet distances.
+
+    resume: go on with the run in the folder. overwrite: replace the run in the folder.
+    """
     device = find_device(config.device)
     if device.type == "cpu" and config.uses_rae():
         seconds = CPU_SECONDS_PER_IMAGE[config.model_size] * config.train_steps * config.batch_size
@@ -2161,7 +2181,9 @@ def main(argv=None):
     except KeyboardInterrupt as stopped:
         message = str(stopped) or "stopped; training goes on with train --resume RUN"
         code = 130
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
+    except torch.OutOfMemoryError as error:
+        message = f"{error}; raise --accumulate, or lower --batch-size"
+    except (UserError, OSError) as error:
         # an error from a DataLoader worker begins with its traceback
         message = str(error).split("UserError: ")[-1].strip()
     print(f"sphere_latent.py: {message}", file=sys.stderr)

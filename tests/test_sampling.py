@@ -32,7 +32,7 @@ def test_tilts_decay_and_each_has_new_noise(steps, degrees):
     noisy_points = path[0::2]
     assert len(noisy_points) == steps
     for k in range(1, steps):
-        alpha = math.radians((1 - k / steps) * degrees)
+        alpha = math.radians((1 - k / steps) ** 0.7 * degrees)
         to_clean = sl.angle_between(noisy_points[k], CLEAN)
         to_noise = sl.angle_between(noisy_points[k], NOISE[k])
         assert to_clean.tolist() == pytest.approx([alpha] * 2, abs=1e-4)
