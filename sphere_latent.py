@@ -8,16 +8,16 @@ The method of "Efficient Image Synthesis with Sphere Latent Encoder" (arXiv 2605
   3. Noise e ~ N(0, I) tilts a point by an angle alpha: f(cos(alpha) v + sin(alpha) e). In training
      there are two views with the same e: v_large, and v_small at a random smaller angle.
   4. A transformer, the denoiser, maps a noisy point to an estimate z_hat of the clean latent.
-     It is trained with three losses:
+     It is trained with three losses, as we read the paper:
        reconstruction      z_hat_small should equal z
        consistency         z_hat_large should equal z_hat_small   (no gradient to z_hat_small)
        latent consistency  f(z_hat_large) should point where v points   (1 - cosine)
   5. To generate, start at a random point f(e) and denoise it. For each further step, tilt f(z_hat)
      back into noise and denoise again. Decode the last z_hat.
 
-The paper's loss weights, noise parameters and tilts between steps are not known to us: they, and
-the squared error as the distance, are ours or those of its predecessor, Sphere Encoder (arXiv
-2602.15030), which is section 10 of this file. README.md lists the differences.
+The paper's loss weights, noise parameters and tilts are unknown to us. These, and the squared error
+as the distance, are our choice or that of the predecessor, Sphere Encoder (arXiv 2602.15030), which
+is section 10 of this file. README.md lists the differences.
 
 Commands, from the smallest to the largest:
   python sphere_latent.py train                                   drawn flowers, CPU, offline
@@ -33,8 +33,8 @@ Contents: 1 Configuration, 2 Images, 3 The transformer, 4 Frozen autoencoders, 5
 the command line. The method alone is sections 3, 5, 6 and 8: about 350 lines.
 
 Shapes: B batch, N tokens, C latent channels, D width, H and W height and width of an image.
-Latents are [B, N, C], images [B, 3, H, W] with values in [0, 1]. Angles are in radians inside,
-in degrees in Config, on the command line and in figures.
+Latents are [B, N, C], images [B, 3, H, W] with values in [0, 1]. Angles are in radians; in Config
+and on the command line they are in degrees.
 """
 import argparse
 import contextlib
@@ -68,12 +68,12 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something the user can put right. The command line prints it as one line and exits with 2."""
+    """An error that the user can correct: printed without a traceback, exit code 2."""
 
 
 @contextlib.contextmanager
 def as_user_error(problem):
-    """Turn any error inside into a UserError that begins with `problem`."""
+    """Turn an error inside into a UserError that begins with `problem`; keep a UserError."""
     try:
         yield
     except UserError:
@@ -119,9 +119,10 @@ def find_device(name):
     """A name such as "auto", "cpu" or "cuda:1" -> a torch.device that works; allows TF32 there."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = "cuda:" + os.environ["LOCAL_RANK"]
     with as_user_error(f"--device {name} cannot be used"):
+        if name == "cuda" and "LOCAL_RANK" in os.environ:    # torchrun: a GPU for each process
+            name = "cuda:" + os.environ["LOCAL_RANK"]
+            torch.cuda.set_device(name)
         torch.zeros(1, device=name).tolist()                 # "meta" gives nothing back
     torch.set_float32_matmul_precision("high")
     return torch.device(name)
@@ -139,7 +140,7 @@ def autocast(device):
 
 def seeded_generator(seed, index, device="cpu"):
     """A generator for one update or one image: a resumed run needs no saved random state."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + index)     # a prime: seeds apart
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + index)     # room for all indices
 
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
@@ -164,7 +165,7 @@ class Config:
     # data
     dataset: str = setting("drawn", "what to learn", (
         "drawn", "folder", "cifar10", "flowers", "animal-faces", "imagenet"))
-    data_dir: str = setting("", "folder of the images (default: data)")
+    data_dir: str = setting("", "folder of the images (default: data); alone: --dataset folder")
     image_size: int = setting(64, "height and width of the images, pixels", high=4096)
     flips: bool = setting(True, "also learn from mirror images")
     # the frozen autoencoder
@@ -173,7 +174,8 @@ class Config:
     patch_size: int = setting(16, "tiny: height and width of a token's patch, pixels", high=64)
     latent_channels: int = setting(64, "tiny: channels of a token")
     autoencoder_steps: int = setting(300, "tiny: updates of its decoder")
-    # the denoiser and its losses; 0.5 and 0.1 are Sphere Encoder's, 1.2 was found by trying
+    # the denoiser and its losses; small_ratio and latent_consistency_weight are Sphere Encoder's,
+    # noise_mean was found by trying
     model_size: str = setting("tiny", "width and depth", ("tiny", "S", "B", "L", "XL"))
     noise_distribution: str = setting("logit-normal", "distribution of the large angle", (
         "logit-normal", "uniform", "uniform-tangent"))
@@ -184,7 +186,7 @@ class Config:
     reconstruction_weight: float = setting(1.0, "weight of loss 1")
     consistency_weight: float = setting(1.0, "weight of loss 2")
     latent_consistency_weight: float = setting(0.1, "weight of loss 3")
-    # optimization; rate and decay were found by trying on the drawn flowers
+    # optimization; learning_rate and ema_decay were found by trying on the drawn flowers
     train_steps: int = setting(1000, "updates of the denoiser")
     batch_size: int = setting(32, "images in an update, over all processes", high=10**6)
     accumulate: int = setting(1, "parts that a batch is split into, to save memory")
@@ -213,7 +215,6 @@ class Config:
             if is_number and not low <= value <= high:       # nan is in no range
                 raise UserError(f"{flag} {value}: must be from {low} to {high:,}")
         numbers_in_patch = 3 * self.patch_size ** 2
-        parts = world_size() * self.accumulate
         if self.uses_rae() and self.image_size != 256:
             raise UserError(f"--image-size {self.image_size}: dinov2-b has images of 256 pixels")
         if self.image_size % self.patch_size != 0 or self.patch_size % 2 != 0:
@@ -224,19 +225,20 @@ class Config:
                             f"{numbers_in_patch} numbers")
         if self.noise_distribution == "uniform-tangent" and self.max_angle == 90:
             raise UserError("--max-angle 90: its tangent is infinite, uniform-tangent needs less")
-        if self.batch_size % parts != 0:
-            raise UserError(f"--batch-size {self.batch_size}: must be a multiple of {parts}, the "
-                            "number of processes times --accumulate")
+        if self.batch_size % self.accumulate != 0:
+            raise UserError(f"--accumulate {self.accumulate}: must divide --batch-size "
+                            f"{self.batch_size}")
 
     def uses_rae(self):
         return self.method == "sphere-latent" and self.autoencoder == "dinov2-b"
 
 
 # Where the settings of a data set differ from the defaults, which are those of "drawn".
-# PHOTOS: for any folder of images, and for the others with --autoencoder tiny; guidance by a sweep
-# on photographs (README.md), the rest by trying.
-# PAPER: batch size, learning rate and EMA of RAE's second stage; about 1,000 epochs (ImageNet 800).
-# accumulate: parts of 32 images on one GPU; for ImageNet, of 16 on each of eight.
+# PHOTOS: for a folder of images, and for flowers, animal-faces and imagenet with --autoencoder
+# tiny; guidance by a sweep on photographs (README.md), the rest by trying.
+# PAPER: the paper's optimizer is unknown. Batch size, learning rate and EMA are RAE's (there the
+# rate decays to 2e-5, here to 0), the 1,000 epochs (ImageNet: 800) Sphere Encoder's. accumulate:
+# for one GPU (ImageNet: for eight), so that a part has at most 32 images.
 PHOTOS = {"autoencoder_steps": 1000, "train_steps": 5000, "learning_rate": 3e-3, "cfg_scale": 3.0}
 PAPER = {"autoencoder": "dinov2-b", "image_size": 256, "model_size": "B", "batch_size": 1024,
          "accumulate": 32, "learning_rate": 2e-4, "ema_decay": 0.9995, "eval_samples": 50_000}
@@ -246,9 +248,10 @@ PRESETS = {
     "cifar10": {"image_size": 32, "patch_size": 4, "latent_channels": 16, "model_size": "S"},
     "flowers": {**PAPER, "train_steps": 8000, "eval_samples": 51_000},
     "animal-faces": {**PAPER, "train_steps": 14_000},
-    "imagenet": {**PAPER, "model_size": "XL", "accumulate": 8, "train_steps": 1_000_000},
+    "imagenet": {**PAPER, "model_size": "XL", "accumulate": 8, "train_steps": 1_000_000,
+                 "save_every": 10_000},
 }
-# the noise of its paper; the weights are at the lower end of its ranges
+# noise and weights from its paper, where the weights are 25 to 50 and 1 to 25
 SPHERE_ENCODER = {"noise_distribution": "uniform-tangent", "max_angle": 85.0, "tilt": 85.0,
                   "reconstruction_weight": 25.0, "consistency_weight": 2.0}
 LABEL_DROPOUT = 0.1          # share of the labels that become the null label, for guidance
@@ -260,6 +263,8 @@ def preset(dataset, method="sphere-latent", autoencoder=""):
     is_of_paper = settings.get("autoencoder") == "dinov2-b"
     if is_of_paper and (autoencoder == "tiny" or method == "sphere-encoder"):
         settings = dict(PHOTOS)
+    if autoencoder == "dinov2-b" and not is_of_paper:
+        settings = dict(PAPER, train_steps=8000)
     if method == "sphere-encoder":
         settings.update(SPHERE_ENCODER)
     return Config(dataset=dataset, method=method, **settings)
@@ -384,7 +389,8 @@ def read_image(path, size):
         image = Image.open(path)
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits per channel")
-        image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode no more than is needed
+        image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode at a reduced size
+        image.load()                                         # a damaged image fails here
         with contextlib.suppress(Exception):                 # damaged EXIF is no reason to refuse
             image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
@@ -414,7 +420,8 @@ class ImageFiles(Dataset):
 def read_images(files):
     """Read ImageFiles into memory -> PixelImages; more than 8 GB stay ImageFiles.
 
-    An image that cannot be read is named and skipped. More than 1 in 100 (and than 1) is an error.
+    Images that cannot be read are named and left out; if they are more than one, and more than 1 in
+    100, UserError. In more than 8 GB one of them ends the training when its turn comes.
     """
     if 3 * files.size ** 2 * len(files) > IN_MEMORY:
         return files
@@ -442,13 +449,14 @@ def find_image_files(root):
     """All image files below a folder -> {class name: sorted paths}.
 
     A class is a folder in root; images that lie in root itself form a class of root's name. Links
-    are followed. Hidden folders and this program's run folders are left out.
+    are followed; a folder that is reached twice counts once. Hidden folders and this program's run
+    folders are left out.
     """
     found = {}
     visited = set()                                          # a link may lead back up
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real_folder = os.path.realpath(folder)
-        is_run_folder = "checkpoint.pt" in files or {"config.json", "samples.png"} <= set(files)
+        is_run_folder = "checkpoint.pt" in files
         if is_run_folder or real_folder in visited:
             subfolders.clear()                               # os.walk does not go into them
             continue
@@ -472,7 +480,7 @@ def split_by_name(images, held_out):
     """The tenth of ImageFiles that is held out, or the other nine tenths.
 
     Chosen by a hash of the file name: it hardly changes when images are added. The last image of a
-    class is never held out. Of fewer than 20 images none is; then both parts are the whole set.
+    class is never held out. Fewer than 20 images are not split: both parts are the whole set.
     """
     def name_hash(pair):
         return zlib.crc32(os.fsencode(os.path.basename(pair[0])))
@@ -550,8 +558,8 @@ def find_images(config, split):
     root = os.path.expanduser(config.data_dir or "data")
     try:
         return source(config, root, split == "test")
-    except (UserError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:                               # of a download, of a broken file
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"no data set {config.dataset} in {root} ({reason}): put "
                         f"{SOURCES[config.dataset]} there, or add --data-dir FOLDER") from None
 
@@ -613,7 +621,7 @@ def iterate_images(images):
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2)) over the last axis, times one learned weight per channel."""
 
-    def forward(self, x):                                    # weight and x of one type
+    def forward(self, x):                                    # under autocast x is bfloat16
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), eps=1e-6)
 
 
@@ -744,20 +752,21 @@ def denoiser_for(config, latent_shape, num_classes):
 
 
 # ---- 4. Frozen autoencoders ----------------------------------------------------------------------
-# RAE has a frozen encoder, DINOv2, and a decoder that is trained on noisy latents. TinyRAE is RAE
-# in miniature. Its encoder is PCA of patches, computed in closed form: a patch is described by how
-# strongly it shows each of C patterns. The patterns reach a little into the next patches and fade
-# out there, so that no borders show. Each strength is divided by the square root of its standard
-# deviation. Fine patterns so keep a smaller variance than coarse ones, and noise hides them first.
-# The decoder starts from the inverse of that. A transformer, which sees all patches, and
-# convolutions, which see across their borders, add what is missing.
+# RAE is a frozen encoder, DINOv2, with a decoder trained on noisy latents. TinyRAE is a small RAE.
+# Its encoder is PCA of patches, in closed form: C numbers say how strongly a patch shows each
+# of C patterns. The patterns reach a little into the neighbouring patches, which hides the borders.
+# Each number is divided by the square root of its standard deviation. So fine patterns keep a
+# smaller variance than coarse ones, and noise hides them first. The decoder inverts the PCA; a
+# transformer, which sees all patches, and convolutions, which see across their borders, add what is
+# missing.
 #     P numbers in a patch   M feature maps
 
 def border_angles(size, patch_size):
-    """For each pixel of a line: its mirror image at a border of patches [size], an angle [size].
+    """Return, for each pixel of a row, its partner [size] and its rotation angle [size].
 
-    The angle falls from almost 45 degrees next to the border to 0. Pixels that are farther from one
-    than `reach` are their own partners, with the angle 0.
+    The partner is the pixel's mirror image at the nearest border of patches. The angle falls from
+    almost 45 degrees at the border to 0 at a distance of `reach` pixels; beyond that, a pixel is
+    its own partner.
     """
     partner, angle = torch.arange(size), torch.zeros(size)
     reach = patch_size // 4          # pixels on each side of a border; a quarter was best by trying
@@ -828,11 +837,11 @@ class PixelDecoder(nn.Module):
     """Tokens [B, N, C], and the image PatchPCA makes of them, -> a correction [B, 3, H, W]."""
 
     def __init__(self, tokens, channels, patch_size, width, depth, heads, num_classes=0,
-                 feature_maps=32, hidden=48):
+                 checkpoint_blocks=False, feature_maps=32, hidden=48):
         super().__init__()
         self.half_patch = patch_size // 2
         self.transformer = Transformer(tokens, channels, feature_maps * self.half_patch ** 2,
-                                       width, depth, heads, num_classes)
+                                       width, depth, heads, num_classes, checkpoint_blocks)
         # Convolutions at half the size, a quarter of the work: 12 = 3 colours of 2 x 2 pixels.
         self.conv_in = nn.Conv2d(feature_maps + 12, hidden, 3, padding=1)
         self.residual = nn.ModuleList([nn.Sequential(
@@ -858,7 +867,7 @@ class PixelDecoder(nn.Module):
 class TinyRAE(nn.Module):
     """RAE in miniature, frozen after fit_tiny_rae: images [B, 3, H, W] <-> latents [B, N, C].
 
-    Latents have mean 0 and variance 1 over all channels; the coarse ones are larger on purpose.
+    On average over the channels, latents have mean 0 and variance 1. Coarse channels have more.
     """
 
     def __init__(self, image_size, patch_size, channels):
@@ -1077,7 +1086,7 @@ def slerp(a, b, t):
     t = torch.as_tensor(t, dtype=torch.float32, device=a.device).view(shape)
     omega = angle_between(a, b).view(shape)
     on_arc = torch.sin((1 - t) * omega) * a + torch.sin(t * omega) * b
-    on_arc = on_arc / omega.clamp(min=1e-3)                  # f would leave a short one short
+    on_arc = on_arc / omega.clamp(min=1e-3)                  # so long that eps in f is nothing
     on_line = torch.lerp(a, b, t)                            # for tiny angles on_arc vanishes
     return spherify(torch.where(omega < 1e-3, on_line, on_arc))
 
@@ -1086,8 +1095,8 @@ def sample_angles(batch, config, generator=None):
     """Draw alpha_small and alpha_large, each [B], radians.
 
     tan(alpha_small) = s tan(alpha_large), with s uniform from 0 to small_ratio. The paper draws
-    noise levels from a logit-normal whose parameters are unknown; ours is over alpha_large as a
-    share of max_angle. "uniform-tangent" is Sphere Encoder's: one tangent in each of B intervals.
+    noise levels from a logit-normal whose parameters are unknown. In ours, alpha_large / max_angle
+    is logit-normal. "uniform-tangent" is Sphere Encoder's: one tangent in each of B intervals.
     """
     device = generator.device if generator is not None else None
     largest = math.radians(config.max_angle)
@@ -1102,7 +1111,7 @@ def sample_angles(batch, config, generator=None):
         r = (torch.arange(batch, device=device) + within_interval) / batch
         alpha_large = torch.atan(r * math.tan(largest))
     s = config.small_ratio * torch.rand(batch, generator=generator, device=device)
-    # atan(s tan(alpha_large)), finite at 90 degrees as well, where a rounded cosine may be negative
+    # = atan(s tan(alpha_large)); at 90 degrees rounding can make the cosine negative
     alpha_small = torch.atan2(s * alpha_large.sin(), alpha_large.cos().clamp(min=0))
     return alpha_small, alpha_large
 
@@ -1424,13 +1433,13 @@ def fit(model, losses, dataset, classes, config, folder, keep, on_save):
                 log.append({"step": done, **means, "seconds": time.time() - began})
                 bar.set_postfix(reconstruction=f"{means['reconstruction']:.3f}")
             if saving:
-                on_save(average)
                 if rank() == 0:
                     state = {name: part.state_dict() for name, part in parts.items()}
                     save_checkpoint(path, {**state, **keep, "step": done, "log": log,
                                            "classes": list(classes), "config": vars(config)})
                     write_table(folder / "log.csv", log)
                 wait_for_all_processes()                     # until the checkpoint is written
+                on_save(average)
             if stopping:
                 raise KeyboardInterrupt(
                     f"stopped after update {done} of {config.train_steps}; go on with: "
@@ -1617,12 +1626,12 @@ def feature_statistics(network, batches):
     for images in batches:
         images = (255 * images.to(device)).round() / 255     # 8 bits, as in image files
         features, logits = network(images)
-        features = features.double().cpu()                                   # [B, features]
+        features = features.cpu().double()                                   # [B, features]
         totals["count"] += len(features)
         totals["first"] += features.sum(0)
         totals["second"] += features.T @ features
         if logits is not None:
-            p = (logits - network.fc.bias).double().cpu().softmax(1)         # [B, classes]
+            p = (logits - network.fc.bias).cpu().double().softmax(1)         # [B, classes]
             totals["p"] += p.sum(0)
             totals["entropy"] += torch.special.entr(p).sum()
     totals = {name: sum_over_processes(total) for name, total in totals.items()}
@@ -1661,10 +1670,10 @@ def evaluate_run(name, run, network, held_out, reference, unit):
             decibels.add_(psnr.sum())
             yield y
 
-    def measure(images, batches):
+    def measure(kind, batches):
         mean, covariance, score = feature_statistics(network, batches)
         fid = frechet_distance(mean, covariance, *reference) / unit
-        return {"run": name, "images": images, "parameters": parameters, "ms_per_image": "",
+        return {"run": name, "images": kind, "parameters": parameters, "ms_per_image": "",
                 "psnr": "", "inception_score": "" if score is None else f"{score:.2f}",
                 "frechet_distance": f"{fid:.4f}"}
 
@@ -1678,7 +1687,8 @@ def evaluate_run(name, run, network, held_out, reference, unit):
         milliseconds = 1000 * (time.perf_counter() - began) / len(labels[:50])
         batches = sample_batches(denoiser, autoencoder, labels, config, steps)
         what = "1 step" if steps == 1 else f"{steps} steps"
-        bar = progress(batches, what, total=math.ceil(len(labels) / 100), leave=False)
+        bar = progress(batches, what, total=len(index_batches(len(labels))),
+                       leave=False)
         row = measure(what, (images for _, images in bar))
         row["ms_per_image"] = f"{milliseconds:.1f}"
         yield row
@@ -1701,9 +1711,8 @@ def evaluate(runs):
         real, unit = load_images(config, "train"), 1.0
         mean, covariance, _ = feature_statistics(network, iterate_images(real))
         say(f"Fréchet distance: FID-{config.eval_samples} to {len(real):,} training images")
-        if config.eval_samples < 2048:
-            say("warning: biased upwards below 2,048 samples, the number of features; raise "
-                "--eval-samples")
+        if min(config.eval_samples, len(held_out)) < 2048:
+            say("warning: it is biased upwards for fewer than 2,048 images, the number of features")
     else:
         network = UntrainedFeatures().to(device)
         mean, covariance, _ = feature_statistics(network, iterate_images(held_out))
@@ -1738,7 +1747,8 @@ class SphereEncoder(nn.Module):
         self.num_classes = num_classes
         self.pca = PatchPCA(config.image_size, config.patch_size, channels)
         self.encoder = Transformer(tokens, channels, channels, *sizes, config.checkpoint_blocks)
-        self.decoder = PixelDecoder(tokens, channels, config.patch_size, *sizes)
+        self.decoder = PixelDecoder(tokens, channels, config.patch_size, *sizes,
+                                    config.checkpoint_blocks)
 
     def encode(self, images, labels=None):
         """f(E(images)): images [B, 3, H, W], labels [B] -> points on the sphere [B, N, C]."""
@@ -1807,11 +1817,15 @@ def picture(path, rows, row_names, column_names=()):
         return
     from matplotlib.figure import Figure
     side, columns = rows[0].shape[-1], len(rows[0])
-    figure = Figure((columns, len(rows)), dpi=128)           # an inch for each image
+    pixels = max(128, min(side, 30_000 // max(columns, len(rows))))          # of an image
+    figure = Figure((columns, len(rows)), dpi=pixels)        # an inch for each image
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c").numpy(), aspect="auto")
-    names = [*row_names, *column_names]                      # the font has only Latin letters
-    names = [name.encode("latin-1", "backslashreplace").decode("latin-1")[:24] for name in names]
+    names = []
+    for name in (*row_names, *column_names):                 # the font has no Chinese, for one
+        if max(map(ord, name), default=0) > 0x52F:
+            name = name.encode("ascii", "backslashreplace").decode()
+        names.append(name[:24])
     middles = [side * (n + 0.5) for n in range(len(names))]
     axes.set_yticks(middles[:len(rows)], names[:len(rows)], parse_math=False)
     axes.set_xticks(middles[:len(column_names)], names[len(rows):], parse_math=False)
@@ -1839,8 +1853,6 @@ def reconstruction_figure(autoencoder, images, path):
 
 def loss_figure(log, path):
     """The three losses, unweighted, against the number of updates."""
-    if rank() > 0:
-        return
     from matplotlib.figure import Figure
     figure = Figure((6, 3.5), dpi=128)
     axes = figure.subplots()
@@ -1867,7 +1879,7 @@ def small_command(config):
 
 
 def check_inputs(config):
-    """Look for all data and weights before anything long. What is missing is said at once."""
+    """Find or download all data and weights before anything long; name all that is missing."""
     problems = []
     advice = "python sphere_latent.py train"                 # the drawn flowers need no files
     if config.dataset != "drawn":
@@ -1888,7 +1900,7 @@ def check_inputs(config):
 
 
 def prepare_folder(config, resume, overwrite):
-    """-> the run folder, with config.json in it. What another run left there is not touched."""
+    """Make the run folder, with config.json in it. A run there must be resumed or replaced."""
     folder = pathlib.Path(config.out or f"runs/{config.dataset}").expanduser()
     held = [name for name in RUN_FILES[:3] if (folder / name).exists()]
     if held and not resume and not overwrite:
@@ -1901,6 +1913,7 @@ def prepare_folder(config, resume, overwrite):
         if overwrite:
             for name in RUN_FILES:
                 (folder / name).unlink(missing_ok=True)
+                (folder / (name + ".part")).unlink(missing_ok=True)
         (folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
     wait_for_all_processes()
     return folder
@@ -2001,7 +2014,13 @@ def train(config, resume=False, overwrite=False):
         seconds = CPU_SECONDS_PER_IMAGE[config.model_size] * config.train_steps * config.batch_size
         say(f"No GPU found: on a CPU this takes about {seconds / 86_400:,.0f} days. For a CPU: "
             + small_command(config))
-    check_inputs(config)
+    parts = world_size() * config.accumulate
+    if config.batch_size % parts != 0:
+        raise UserError(f"--batch-size {config.batch_size}: must be a multiple of {parts}, the "
+                        "number of processes times --accumulate")
+    if rank() == 0:
+        check_inputs(config)                                 # one process downloads
+    wait_for_all_processes()
     folder = prepare_folder(config, resume, overwrite)
     images, held_out = load_images(config, "train"), load_images(config, "test")
     counts = torch.bincount(images.labels, minlength=len(images.classes)).tolist()
@@ -2019,7 +2038,7 @@ def train(config, resume=False, overwrite=False):
     if rank() == 0:
         (folder / "autoencoder.pt").unlink(missing_ok=True)  # checkpoint.pt holds it as well
         (folder / "latents.bin").unlink(missing_ok=True)
-    loss_figure(read_checkpoint(folder)["log"], folder / "loss.png")
+        loss_figure(read_checkpoint(folder)["log"], folder / "loss.png")
     reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
     rows = evaluate({folder.name: (config, autoencoder, denoiser)})
     if rank() == 0:
@@ -2105,8 +2124,8 @@ def sample_command(given):
     out = pathlib.Path(given.pop("out", folder / "sampled.png")).expanduser()
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must be the name of a .png file")
-    out.parent.mkdir(parents=True, exist_ok=True)
     config, autoencoder, denoiser = open_run(path, given)
+    out.parent.mkdir(parents=True, exist_ok=True)
     classes = denoiser.classes
     chosen = sorted(set(balanced_labels(12, len(classes)).tolist()))         # at most twelve
     if words is not None:
@@ -2146,7 +2165,9 @@ def build_parser():
         for name in names:
             field = fields[name]
             meaning = field.metadata["meaning"]
-            if field.default != "":
+            if function is not train_command and name != "device":
+                meaning += " (default: that of the run)"
+            elif field.default != "":
                 meaning += f" (default: {field.default})"
             how = {"type": field.type, "choices": field.metadata["options"]}
             if field.type is bool:
@@ -2182,7 +2203,7 @@ def main(argv=None):
         message = str(stopped) or "stopped; training goes on with train --resume RUN"
         code = 130
     except torch.OutOfMemoryError as error:
-        message = f"{error}; raise --accumulate, or lower --batch-size"
+        message = f"{error}; to train, raise --accumulate or lower --batch-size"
     except (UserError, OSError) as error:
         # an error from a DataLoader worker begins with its traceback
         message = str(error).split("UserError: ")[-1].strip()
