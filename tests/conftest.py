@@ -2,14 +2,13 @@
 import functools
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"                          # torch reads it when it is imported
-import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -20,14 +19,24 @@ SMALL = ["--image-size", "16", "--patch-size", "8", "--latent-channels", "8",
          "--eval-samples", "24", "--device", "cpu"]
 WHOLE = sl.drawn_images, sl.MODEL_SIZES["tiny"]              # the sizes that users get
 
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("repeatable")
-
 
 def pytest_configure(config):
-    # As in a terminal. A job in the background of a shell ignores SIGINT, and so would the tests.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: over five seconds; leave them out with -m 'not slow'")
+
+
+def points(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fill(folder, *names):
+    """Make small images, and empty files under other names -> the folder."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        if path.suffix == ".png":
+            Image.new("RGB", (9, 9)).save(path)
+    return folder
 
 
 @functools.cache
@@ -58,9 +67,18 @@ HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_suppo
 UPDATES = [] if HAS_BF16 else ["--autoencoder-steps", "200", "--train-steps", "500"]
 
 
-@pytest.fixture(scope="session")
-def default_run(tmp_path_factory):
-    """`train` with the sizes that users get, started and not waited for -> (process, folder)."""
+def pytest_collection_modifyitems(items):
+    """Slow tests come after the others, and the one that waits for the default run comes last."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None,
+                                 item.path.name == "test_default_run.py"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_run(request, tmp_path_factory):
+    """`train` with the sizes that users get, beside all other tests -> (process, folder)."""
+    if request.session.items[-1].path.name != "test_default_run.py":
+        yield None
+        return
     folder = tmp_path_factory.mktemp("default")
     command = [sys.executable, str(ROOT / "sphere_latent.py"), "train", *UPDATES]
     with open(folder / "output", "w") as output:
@@ -68,18 +86,6 @@ def default_run(tmp_path_factory):
     yield process, folder
     process.kill()
     process.wait()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def start_early(request):
-    """The default run is started first and looked at last: the other tests run beside it."""
-    if any("default_run" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("default_run")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None,
-                                 "default_run" in item.fixturenames))
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ def test_the_default_run_makes_flowers(default_run, monkeypatch):
     assert float(rows["rebuilt"]["psnr"]) > 29
     assert float(rows["4 steps"]["frechet_distance"]) < float(rows["1 step"]["frechet_distance"])
 
-    monkeypatch.setattr(sl, "drawn_images", WHOLE[0])
-    monkeypatch.setitem(sl.MODEL_SIZES, "tiny", WHOLE[1])
-    train, held_out = sl.drawn_images("train", 64), sl.drawn_images("test", 64)
+    drawn_images, size = WHOLE
+    monkeypatch.setitem(sl.MODEL_SIZES, "tiny", size)
+    train, held_out = drawn_images("train", 64), drawn_images("test", 64)
     scores = Scores(train, held_out)
     found = {what: score for what, _, score in judge_run(scores, run, held_out, step_counts=(1, 4))}
     assert found["rebuilt"]["named"] > 0.99

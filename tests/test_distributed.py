@@ -1,7 +1,4 @@
-"""Two processes under torchrun, on the CPU, make the run that one process makes.
-
-The test starts this file under torchrun; each process then runs the command in its arguments.
-"""
+"""Two processes under torchrun, on the CPU, make the run that one process makes."""
 import subprocess
 import sys
 
@@ -11,10 +8,10 @@ import torch
 from conftest import SMALL, fewer_drawings                   # it knows where the next one is
 import sphere_latent as sl
 
-pytestmark = pytest.mark.slow
 SPHERE_ENCODER = [*SMALL[:6], *SMALL[8:], "--method", "sphere-encoder"]      # of other autoencoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[*SMALL, "--accumulate", "2"], SPHERE_ENCODER],
                          ids=["sphere-latent", "sphere-encoder"])
 def test_two_processes_train_sample_and_measure_as_one(tmp_path, flags):
@@ -34,6 +31,6 @@ def test_two_processes_train_sample_and_measure_as_one(tmp_path, flags):
         assert float(other.split(",")[-1]) == pytest.approx(float(row.split(",")[-1]), abs=2e-3)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":                                   # one of the two processes
     sl.drawn_images, sl.MODEL_SIZES["tiny"] = fewer_drawings, (64, 2, 2)     # as in the tests
     sys.exit(sl.main(sys.argv[1:]))

@@ -3,21 +3,10 @@ import os
 
 import numpy as np
 import pytest
+from conftest import fill
 from PIL import Image
 
 import sphere_latent as sl
-
-
-def fill(folder, *names):
-    """Make small images, and empty files under other names."""
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".png":
-            Image.new("RGB", (9, 9)).save(path)
-        else:
-            path.touch()
-    return folder
 
 
 def splits(folder, load=sl.find_images):
@@ -64,7 +53,6 @@ WIDE.paste((0, 60, 0), (191, 0, 209, 18))                    # the square in the
 
 
 @pytest.mark.parametrize("image, ending, options, expected", [
-    (Image.new("P", (9, 9), 0), "gif", {}, 0),
     (Image.new("CMYK", (9, 9), (0, 255, 0, 0)), "tiff", {}, (255, 0, 255)),
     (Image.new("RGBA", (9, 9), (0, 100, 200, 128)), "png", {}, (127, 177, 227)),
     (Image.new("RGB", (1, 1), (200, 0, 9)), "png", {}, (200, 0, 9)),
@@ -91,11 +79,10 @@ def test_a_file_that_cannot_be_used_is_named_and_skipped(tmp_path, capsys, spoil
     assert capsys.readouterr().err.count(f"skipped: {tmp_path / 'broken.jpg'}") == 1
 
 
-def test_too_many_of_them_are_an_error_that_names_their_folder(tmp_path, capsys):
+def test_too_many_of_them_are_an_error_that_names_their_folder(tmp_path):
     fill(tmp_path, *[f"good/{i}.png" for i in range(200)], *[f"bad/{i}.jpg" for i in range(20)])
     with pytest.raises(sl.UserError, match=rf"\d+ of \d+ images cannot.*{tmp_path}/bad"):
         splits(tmp_path, sl.load_images)
-    assert capsys.readouterr().err.count("skipped") <= 10
 
 
 def test_links_are_followed_and_loops_are_not(tmp_path):

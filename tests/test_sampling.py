@@ -24,8 +24,7 @@ class ExactDenoiser:
         return (2 + labels.view(-1, 1, 1)) * CLEAN.repeat(len(x) // 2, 1, 1)
 
 
-@pytest.mark.parametrize("degrees", [90, 60])
-@pytest.mark.parametrize("steps", [2, 4, 6])
+@pytest.mark.parametrize("steps, degrees", [(2, 90), (6, 60)])
 def test_tilts_decay_and_each_has_new_noise(steps, degrees):
     _, path = sl.sample(ExactDenoiser(), LABELS, steps, largest_tilt=math.radians(degrees),
                         noise=NOISE, return_path=True)
@@ -39,10 +38,8 @@ def test_tilts_decay_and_each_has_new_noise(steps, degrees):
         assert to_noise.tolist() == pytest.approx([math.pi / 2 - alpha] * 2, abs=1e-4)
 
 
-@pytest.mark.parametrize("scale, called_with", [
-    (0.0, [0, 2, 3, 3]), (3.0, [0, 2, 3, 3]),                # both in one call
-    (1.0, [0, 2])])                                          # guidance of 1 costs nothing
-def test_guidance_pushes_away_from_the_null_label(scale, called_with):
+@pytest.mark.parametrize("scale, called_with", [(3.0, [0, 2, 3, 3]), (1.0, [0, 2])])
+def test_guidance_pushes_away_from_the_null_label_and_costs_nothing_at_1(scale, called_with):
     denoiser = ExactDenoiser()
     z = sl.sample(denoiser, LABELS, 1, cfg_scale=scale, noise=NOISE)
     assert [labels for _, labels in denoiser.calls] == [called_with]
@@ -80,5 +77,3 @@ def test_later_steps_share_a_part_of_the_first_noise(generator):
     assert torch.equal(first, noise[0])
     for step, mixed in enumerate(later, 1):
         torch.testing.assert_close(mixed, 0.6 * noise[0] + 0.8 * noise[step])
-    torch.testing.assert_close(sl.share_noise(noise, 0.0), noise)
-    torch.testing.assert_close(sl.share_noise(noise, 1.0), noise[:1].expand(3, -1, -1, -1))

@@ -28,18 +28,11 @@ def test_a_new_transformer_is_the_zero_function_and_its_blocks_the_identity():
 
 
 def test_every_label_gives_another_output_and_none_that_of_the_null_label():
-    model, x = random_denoiser(), torch.ones(4, 16, 8)
+    model, x = random_denoiser(), torch.randn(1, 16, 8).expand(4, -1, -1)
     outputs = model(x, torch.tensor([0, 1, 2, 3])).flatten(1)
     assert (torch.cdist(outputs, outputs) + torch.eye(4)).min() > 1e-2
-    torch.testing.assert_close(model(x).flatten(1), outputs[3].expand(4, -1))
-
-
-def test_the_output_is_the_same_with_and_without_gradients():
-    """Attention is computed in two ways on a CPU: one for training, one for sampling."""
-    model, x, labels = random_denoiser(), torch.randn(2, 16, 8), torch.tensor([0, 1])
-    with torch.no_grad():
-        expected = model(x, labels)
-    torch.testing.assert_close(model(x, labels), expected)
+    with torch.no_grad():                                    # another way to compute attention
+        torch.testing.assert_close(model(x).flatten(1), outputs[3].expand(4, -1))
 
 
 def test_checkpointed_blocks_run_twice_and_give_the_same_output_and_gradient():

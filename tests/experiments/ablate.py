@@ -6,17 +6,15 @@ The autoencoder of the run makes the latents. For each row a denoiser is trained
 each seed. 600 samples at 1, 2, 4 and 6 steps are shown to the judge (judge.py). Printed: its
 Fréchet distance at each number of steps, and the share named as asked at 4 steps.
 """
-import argparse
 import dataclasses
 import pathlib
-import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-from judge import Scores  # noqa: E402
-import sphere_latent as sl  # noqa: E402
+from judge import Scores                                     # it adds the folder of the next
+import sphere_latent as sl
 
 ROWS = {
     "default": {},
@@ -34,8 +32,7 @@ ROWS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a finished run on the drawn flowers")
     parser.add_argument("--updates", type=int, default=450)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -7,19 +7,17 @@ and the same optimizer. The flow mixes z and noise on a straight line, x_t = (1 
 logit-normal times t, predicts the clean z from x_t without being told t, and is sampled with Euler
 steps. Printed: the judge's Fréchet distance (judge.py) against the number of calls of the network.
 """
-import argparse
 import copy
 import dataclasses
 import pathlib
-import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-from judge import Scores  # noqa: E402
-import sphere_latent as sl  # noqa: E402
+from judge import Scores                                     # it adds the folder of the next
+import sphere_latent as sl
 
 STEPS = (1, 2, 4, 6, 8, 16, 50)
 
@@ -63,8 +61,7 @@ def sample_flow(model, labels, steps, cfg_scale, noise):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a finished run on the drawn flowers")
     parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

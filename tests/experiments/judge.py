@@ -10,9 +10,9 @@ drawings and for samples at 1, 2, 4 and 6 steps it prints
   seams      how visible patch borders are; it matters because the distances do not see them
 and last what real drawings score: 600 of the training set against the held-out ones.
 """
-import argparse
 import pathlib
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
 import torch.nn as nn
@@ -94,27 +94,24 @@ class Scores:
 
 
 def judge_run(scores, run, held_out, samples=600, seed=1234, step_counts=sl.STEP_COUNTS):
-    """Yield (what, PSNR or None, scores) for a run: rebuilt drawings, then samples."""
+    """Yield (what, PSNR or "", scores) for a run: rebuilt drawings, then samples."""
     config, autoencoder, denoiser = sl.load_run(run, seed=seed)
-    parts = [sl.rebuild(autoencoder, x) for x in (held_out.pixels / 255).split(100)]
-    rebuilt = torch.cat([y for y, _ in parts])
-    psnr = torch.cat([decibels for _, decibels in parts]).mean().item()
-    yield "rebuilt", psnr, scores(rebuilt, held_out.labels)
+    batches = (held_out.pixels / 255).split(100)
+    rebuilt, psnr = zip(*[sl.rebuild(autoencoder, x) for x in batches])
+    yield "rebuilt", f"{torch.cat(psnr).mean():.2f}", scores(torch.cat(rebuilt), held_out.labels)
     labels = sl.balanced_labels(samples, denoiser.num_classes)
     for steps in step_counts:
         images = sl.sample_images(denoiser, autoencoder, labels, config, steps)
-        yield "1 step" if steps == 1 else f"{steps} steps", None, scores(images, labels)
+        yield "1 step" if steps == 1 else f"{steps} steps", "", scores(images, labels)
 
 
 def show(name, what, psnr, found):
-    decibels = "" if psnr is None else f"{psnr:.2f}"
-    print(f"{name:24} {what:8} {decibels:>6} {found['named']:6.3f} {found['judge']:7.4f} "
+    print(f"{name:24} {what:8} {psnr:>6} {found['named']:6.3f} {found['judge']:7.4f} "
           f"{found['untrained']:9.4f} {found['seams']:6.2f}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--samples", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1234)
@@ -125,7 +122,7 @@ def main():
     for run in given.runs:
         for what, psnr, found in judge_run(scores, run, held_out, given.samples, given.seed):
             show(run, what, psnr, found)
-    show("drawings", "real", None, scores(train.pixels[:600] / 255, train.labels[:600]))
+    show("drawings", "real", "", scores(train.pixels[:600] / 255, train.labels[:600]))
 
 
 if __name__ == "__main__":

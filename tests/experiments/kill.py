@@ -2,10 +2,9 @@
 
     python tests/experiments/kill.py --count 24 --seed 0
 
-SIGKILL cannot be caught: nothing of the run can clean up after itself. Each run gets one, at a
-moment drawn at random between its start and its end, and is then resumed. A run that was killed
-before it had a folder is started again. Printed for each: how far it was, and whether weights and
-pictures are those of the unbroken run.
+SIGKILL cannot be caught: nothing of the run can clean up after itself. A run that was killed before
+it had a folder is started again. Printed for each: how far it was, and whether weights and pictures
+are those of the unbroken run.
 """
 import argparse
 import pathlib

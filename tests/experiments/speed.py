@@ -7,10 +7,10 @@
 FLOPs are those of matrix products, counted by PyTorch: both views, forward and backward. --peak:
 what the hardware promises, in TFLOP/s; the default is measured here, with a large matrix product.
 """
-import argparse
 import pathlib
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,8 +30,7 @@ def seconds(function, count=10):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(sl.MODEL_SIZES), default="tiny")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="auto")
@@ -69,8 +68,7 @@ def main():
           f"{100 * rate / peak:.0f}% of {peak:.3f}")
     with torch.profiler.profile() as profile:
         step()
-    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14,
-                                       max_name_column_width=40))
+    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14))
 
 
 if __name__ == "__main__":
