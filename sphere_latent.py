@@ -73,7 +73,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def as_user_error(problem):
-    """Turn an error inside into a UserError that begins with `problem`; keep a UserError."""
+    """Turn an error inside into a UserError that begins with `problem`; pass a UserError on."""
     try:
         yield
     except UserError:
@@ -420,8 +420,8 @@ class ImageFiles(Dataset):
 def read_images(files):
     """Read ImageFiles into memory -> PixelImages; more than 8 GB stay ImageFiles.
 
-    Images that cannot be read are named and left out; if they are more than one, and more than 1 in
-    100, UserError. In more than 8 GB one of them ends the training when its turn comes.
+    Images that cannot be read are named and left out. Raises UserError if they are more than one,
+    and more than 1 in 100. Above 8 GB, one of them ends the training when its turn comes.
     """
     if 3 * files.size ** 2 * len(files) > IN_MEMORY:
         return files
@@ -1086,7 +1086,7 @@ def slerp(a, b, t):
     t = torch.as_tensor(t, dtype=torch.float32, device=a.device).view(shape)
     omega = angle_between(a, b).view(shape)
     on_arc = torch.sin((1 - t) * omega) * a + torch.sin(t * omega) * b
-    on_arc = on_arc / omega.clamp(min=1e-3)                  # so long that eps in f is nothing
+    on_arc = on_arc / omega.clamp(min=1e-3)                  # makes its length about sqrt(L)
     on_line = torch.lerp(a, b, t)                            # for tiny angles on_arc vanishes
     return spherify(torch.where(omega < 1e-3, on_line, on_arc))
 
@@ -1595,7 +1595,8 @@ class InceptionFID(nn.Module):
 class UntrainedFeatures(nn.Module):
     """Images [B, 3, H, W] in [0, 1] -> features [B, 256] of convolutions with fixed random weights.
 
-    They need no download and favour no run. They compare runs on the same images; it is no FID.
+    They need no download and favour no run. Their distance compares runs on the same images and is
+    not an FID.
     """
 
     def __init__(self):
@@ -1687,8 +1688,7 @@ def evaluate_run(name, run, network, held_out, reference, unit):
         milliseconds = 1000 * (time.perf_counter() - began) / len(labels[:50])
         batches = sample_batches(denoiser, autoencoder, labels, config, steps)
         what = "1 step" if steps == 1 else f"{steps} steps"
-        bar = progress(batches, what, total=len(index_batches(len(labels))),
-                       leave=False)
+        bar = progress(batches, what, total=len(index_batches(len(labels))), leave=False)
         row = measure(what, (images for _, images in bar))
         row["ms_per_image"] = f"{milliseconds:.1f}"
         yield row
@@ -1817,12 +1817,13 @@ def picture(path, rows, row_names, column_names=()):
         return
     from matplotlib.figure import Figure
     side, columns = rows[0].shape[-1], len(rows[0])
-    pixels = max(128, min(side, 30_000 // max(columns, len(rows))))          # of an image
-    figure = Figure((columns, len(rows)), dpi=pixels)        # an inch for each image
+    most = 30_000 // max(columns, len(rows))                 # no side over 30,000 pixels
+    pixels_of_an_image = max(128, min(side, most))
+    figure = Figure((columns, len(rows)), dpi=pixels_of_an_image)            # an inch for each
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c").numpy(), aspect="auto")
     names = []
-    for name in (*row_names, *column_names):                 # the font has no Chinese, for one
+    for name in (*row_names, *column_names):                 # the font lacks many scripts
         if max(map(ord, name), default=0) > 0x52F:
             name = name.encode("ascii", "backslashreplace").decode()
         names.append(name[:24])
