@@ -446,7 +446,7 @@ def read_images(files):
 
 
 def find_image_files(root):
-    """All image files below a folder -> {class name: sorted paths}.
+    """All image files below a folder -> {class name: sorted paths}; a class may be empty.
 
     A class is a folder in root; images that lie in root itself form a class of root's name. Links
     are followed; a folder that is reached twice counts once. Hidden folders and this program's run
@@ -466,14 +466,11 @@ def find_image_files(root):
         if name == ".":
             name = os.path.basename(root)
         name = name.encode("utf-8", "backslashreplace").decode()             # if it is not UTF-8
-        paths = found.setdefault(name, [])
-        for file in files:
-            if file.lower().endswith(IMAGE_ENDINGS) and not file.startswith(HIDDEN):
-                paths.append(os.path.join(folder, file))
-    for name in sorted(found):
-        if not found[name] and name != os.path.basename(root):
-            say(f"note: folder {name} holds no image")
-    return {name: sorted(found[name]) for name in sorted(found) if found[name]}
+        images = [os.path.join(folder, file) for file in files
+                  if file.lower().endswith(IMAGE_ENDINGS) and not file.startswith(HIDDEN)]
+        if images or folder != root:
+            found.setdefault(name, []).extend(images)
+    return {name: sorted(found[name]) for name in sorted(found)}
 
 
 def split_by_name(images, held_out):
@@ -505,8 +502,14 @@ def folder_images(config, root, held_out):
     root = os.path.abspath(root)
     splits = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
     is_split = "train" in splits and len(splits) > 1
+    if not is_split and config.dataset != "folder":
+        raise UserError("no folders train and val, or train and test")
     files = find_image_files(os.path.join(root, "train") if is_split else root)
-    classes = list(files)
+    if not held_out:                                         # say it once
+        for name in files:
+            if not files[name]:
+                say(f"note: folder {name} holds no image")
+    classes = [name for name in files if files[name]]
     if is_split and held_out:
         files = find_image_files(os.path.join(root, splits[1]))
     samples = []
@@ -1885,8 +1888,7 @@ def check_inputs(config):
     advice = "python sphere_latent.py train"                 # the drawn flowers need no files
     if config.dataset != "drawn":
         try:
-            find_images(config, "train")
-            find_images(config, "test")
+            find_images(config, "test")                      # it needs the training images too
             advice = small_command(config)
         except UserError as error:
             problems.append(str(error))

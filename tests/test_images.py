@@ -20,7 +20,7 @@ def splits(folder, load=sl.find_images):
     (["a/1.PNG", "a/2.Jpg", "a/3.jfif", "a/4.h5", "5.pdf"], {"a": ["1.PNG", "2.Jpg", "3.jfif"]}),
     (["a/1.png", "a/.2.png", "a/._3.png", ".b/4.png", "__MACOSX/a/5.png"], {"a": ["1.png"]}),
     (["a/1.png", "runs/x/config.json", "runs/x/checkpoint.pt", "runs/x/samples.png"],
-     {"a": ["1.png"]})])
+     {"a": ["1.png"], "runs": []})])
 def test_what_is_found_in_a_folder(tmp_path, names, expected):
     found = sl.find_image_files(str(fill(tmp_path / "root", *names)))
     assert {name: list(map(os.path.basename, paths)) for name, paths in found.items()} == expected
