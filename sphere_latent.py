@@ -1229,39 +1229,53 @@ def fit_tiny_rae(autoencoder, images, config):
     return autoencoder.eval().requires_grad_(False)
 
 
+def file_tensor(path, shape):
+    """A float16 tensor whose memory is a file; the file is made if it is not there."""
+    numbers = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float16)
+    return numbers.view(shape)
+
+
 @torch.no_grad()
+def write_latents(autoencoder, images, path, shape):
+    """Encode images, and their mirror images if shape[0] is 2, into a file: float16, [shape].
+
+    Each process encodes its share. The file gets its name when it is whole.
+    """
+    device = autoencoder.latent_mean.device
+    temporary = path.with_name(path.name + ".part")
+    latents = file_tensor(temporary, shape)                                  # [1 or 2, n, N, C]
+    batches = index_batches(len(images))
+    loader = make_loader(images, batches, device)
+    for indices, (x, _) in zip(batches, progress(loader, "encoding", total=len(batches))):
+        for view in latents:
+            with autocast(device):
+                z = autoencoder.encode(x.to(device))                         # [B, N, C]
+            view[indices] = z.half().cpu()
+            x = x.flip(-1)
+    wait_for_all_processes()
+    if rank() == 0:
+        os.replace(temporary, path)
+    wait_for_all_processes()
+
+
 def encode_images(autoencoder, images, config, folder):
     """Encode every image once, and its mirror image -> a data set of (latent, label).
 
-    The latents are in a file, in half precision, and all processes share it. Where the disk has no
-    room, the images are returned as they are, and the autoencoder runs in every update.
+    The latents are in a file that all processes share. Where the disk has no room for it, the
+    images are returned as they are, and the autoencoder runs in every update.
     """
-    views, count = 1 + config.flips, len(images)
-    shape = (views, count, *autoencoder.latent_shape)
-    path, size = folder / "latents.bin", 2 * math.prod(shape)
+    views = 1 + config.flips
+    shape = (views, len(images), *autoencoder.latent_shape)
+    path, size = folder / "latents.bin", 2 * math.prod(shape)                # bytes
     is_there = path.exists() and path.stat().st_size == size
-    has_room = torch.tensor(float(is_there or size < 0.9 * shutil.disk_usage(folder).free))
-    if sum_over_processes(has_room) < world_size():          # some process has none
+    has_room = is_there or size < 0.9 * shutil.disk_usage(folder).free
+    if sum_over_processes(torch.tensor(float(has_room))) < world_size():     # some process has none
         say(f"no room in {folder} for {size / 1e9:.1f} GB of latents: the autoencoder will run in "
             "every update, which is slower")
         return images
-    target = path if is_there else path.with_name(path.name + ".part")
-    # a tensor whose memory is the file, which is made if it is not there
-    latents = torch.from_file(str(target), shared=True, size=math.prod(shape), dtype=torch.float16)
-    latents = latents.view(shape)                                            # [1 or 2, n, N, C]
     if not is_there:
-        device = autoencoder.latent_mean.device
-        batches = index_batches(count)
-        loader = make_loader(images, batches, device)
-        for indices, (x, _) in zip(batches, progress(loader, "encoding", total=len(batches))):
-            for view in range(views):
-                with autocast(device):
-                    z = autoencoder.encode(x.to(device))                     # [B, N, C]
-                latents[view, indices] = z.half().cpu()
-                x = x.flip(-1)
-        wait_for_all_processes()
-        if rank() == 0:
-            os.replace(target, path)
+        write_latents(autoencoder, images, path, shape)
+    latents = file_tensor(path, shape)
     return TensorDataset(latents.flatten(0, 1), images.labels.repeat(views))
 
 
@@ -1370,7 +1384,8 @@ def read_checkpoint(path):
         if unknown:
             raise UserError(f"{path} is from another version, with the settings "
                             + ", ".join(sorted(unknown)))
-        return {**state, "step": int(state["step"]), "config": Config(**state["config"])}
+        return {**state, "step": int(state["step"]), "classes": list(state["classes"]),
+                "config": Config(**state["config"])}
 
 
 def write_table(path, rows):
@@ -1383,7 +1398,7 @@ def write_table(path, rows):
 
 def restore(parts, classes, state, path):
     """Load the entries of a checkpoint into model, average and optimizer."""
-    if state.get("classes") != list(classes):
+    if state["classes"] != list(classes):
         raise UserError(f"{path} is of other classes than the images that are there now")
     with as_user_error(f"{path} does not fit this program"):
         for name, part in parts.items():
@@ -1929,15 +1944,16 @@ def load_run(path, device="cpu", **changes):
     """
     state = read_checkpoint(path)
     config = dataclasses.replace(state["config"], device=str(device), **changes)
+    num_classes = len(state["classes"])
+    if config.method == "sphere-encoder":
+        autoencoder = denoiser = SphereEncoder(config, num_classes)
+    else:
+        autoencoder = load_autoencoder(config.autoencoder, config)
+        denoiser = denoiser_for(config, autoencoder.latent_shape, num_classes)
     with as_user_error(f"{path} does not fit this program"):
-        if config.method == "sphere-encoder":
-            autoencoder = denoiser = SphereEncoder(config, len(state["classes"]))
-        else:
-            autoencoder = load_autoencoder(config.autoencoder, config)
-            denoiser = denoiser_for(config, autoencoder.latent_shape, len(state["classes"]))
-            if config.autoencoder == "tiny":
-                autoencoder.load_state_dict(state["autoencoder"])
         denoiser.load_state_dict(state["average"])
+        if isinstance(autoencoder, TinyRAE):
+            autoencoder.load_state_dict(state["autoencoder"])
     denoiser.classes = state["classes"]
     for model in (autoencoder, denoiser):
         model.to(device).eval().requires_grad_(False)
