@@ -116,7 +116,7 @@ def progress(iterable, name, **options):
 
 
 def find_device(name):
-    """A name such as "auto", "cpu" or "cuda:1" -> a torch.device that works; allows TF32 there."""
+    """Return a torch.device that works for "auto", "cpu", "cuda:1" and so on; allow TF32 there."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with as_user_error(f"--device {name} cannot be used"):
@@ -294,7 +294,7 @@ GROUNDS = [(.16, .34, .14), (.34, .52, .22), (.10, .20, .16), (.55, .72, .88),  
 
 
 def draw_flowers(labels, size, generator):
-    """Draw a flower for each label [B] -> images [B, 3, size, size]."""
+    """Draw a flower for each label [B]. Returns images [B, 3, size, size]."""
     def uniform(low, high, channels=1):
         return low + (high - low) * torch.rand(len(labels), channels, 1, 1, generator=generator)
 
@@ -383,7 +383,7 @@ HIDDEN = (".", "__MACOSX")   # how names of files and folders begin that are lef
 
 
 def read_image(path, size):
-    """An image file -> its centre square, upright, RGB, over white: uint8 [3, size, size]."""
+    """Read the centre square of an image file: upright, RGB, over white, uint8 [3, size, size]."""
     Image.MAX_IMAGE_PIXELS = None                            # Pillow's limit; cameras exceed it
     with as_user_error(f"{path} cannot be read"):
         image = Image.open(path)
@@ -418,7 +418,7 @@ class ImageFiles(Dataset):
 
 
 def read_images(files):
-    """Read ImageFiles into memory -> PixelImages; more than 8 GB stay ImageFiles.
+    """Read ImageFiles into memory, as PixelImages. More than 8 GB stay ImageFiles.
 
     Images that cannot be read are named and left out. Raises UserError if they are more than one,
     and more than 1 in 100. Above 8 GB, one of them ends the training when its turn comes.
@@ -446,7 +446,7 @@ def read_images(files):
 
 
 def find_image_files(root):
-    """All image files below a folder -> {class name: sorted paths}; a class may be empty.
+    """Find all images below a folder. Returns {class name: sorted paths}; a class may be empty.
 
     A class is a folder in root; images that lie in root itself form a class of root's name. Links
     are followed; a folder that is reached twice counts once. Hidden folders and this program's run
@@ -495,7 +495,7 @@ def split_by_name(images, held_out):
 
 
 def folder_images(config, root, held_out):
-    """A folder with a folder for each class, or with images alone -> ImageFiles.
+    """Find ImageFiles in a folder that holds a folder for each class, or images alone.
 
     If it holds the folders train and val (or test), as AFHQ and ImageNet do, these are the split.
     """
@@ -568,7 +568,7 @@ def find_images(config, split):
 
 
 def load_images(config, split):
-    """The images of a split, "train" or "test" -> a data set with .labels and .classes.
+    """Load a split, "train" or "test". Returns a data set with .labels and .classes.
 
     [i] gives (image [3, H, W] float in [0, 1], label int). Raises UserError if there are none.
     """
@@ -600,14 +600,14 @@ def ignore_signals(worker):
 
 
 def make_loader(dataset, batches, device=torch.device("cpu")):
-    """Lists of indices -> batches (images or latents [B, ...], labels [B])."""
+    """Load the batches (images or latents [B, ...], labels [B]) that lists of indices name."""
     workers = min(8, os.cpu_count()) if isinstance(dataset, ImageFiles) else 0
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                       pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
 
 def random_images(images, count, seed):
-    """At most `count` images of a data set, chosen at random -> [n, 3, H, W]."""
+    """Choose at most `count` images of a data set at random. Returns [n, 3, H, W]."""
     order = torch.randperm(len(images), generator=seeded_generator(seed, 0))
     return torch.stack([images[i][0] for i in order[:count].tolist()])
 
@@ -666,7 +666,7 @@ class Block(nn.Module):
 
 
 def sincos_positions(tokens, width):
-    """Sines and cosines of the column and the row of each token of a square grid -> [N, D]."""
+    """Return sines and cosines of the column and the row of each token of a square grid, [N, D]."""
     side = math.isqrt(tokens)
     frequency = 10_000 ** -(torch.arange(width // 4) / (width // 4))         # [D/4]
     angle = torch.arange(side)[:, None] * frequency                          # [side, D/4]
@@ -677,7 +677,7 @@ def sincos_positions(tokens, width):
 
 
 class Transformer(nn.Module):
-    """Tokens [B, N, in_channels] and labels [B] -> tokens [B, N, out_channels].
+    """Maps tokens [B, N, in_channels] and labels [B] to tokens [B, N, out_channels].
 
     The label num_classes is the null label, "no class"; it is used where labels is None. The
     denoiser, the decoder of TinyRAE and both halves of Sphere Encoder are made of it.
@@ -725,7 +725,7 @@ class Transformer(nn.Module):
 
 
 class Denoiser(Transformer):
-    """Noisy latents [B, N, C] and labels [B] -> estimates z_hat [B, N, C] of the clean latents.
+    """Estimates clean latents, z_hat [B, N, C], from noisy latents [B, N, C] and labels [B].
 
     It is not told the noise level. On the sphere all inputs have the same norm, and their angle to
     the data has to be read from the content. We infer this from the parameter count of the paper's
@@ -783,7 +783,7 @@ def border_angles(size, patch_size):
 
 
 class PatchPCA(nn.Module):
-    """Images [B, 3, H, W] <-> tokens [B, N, C], both ways linear: PCA of overlapping patches."""
+    """PCA of overlapping patches: images [B, 3, H, W] to tokens [B, N, C] and back, both linear."""
 
     def __init__(self, image_size, patch_size, channels):
         super().__init__()
@@ -837,7 +837,7 @@ class PatchPCA(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Tokens [B, N, C], and the image PatchPCA makes of them, -> a correction [B, 3, H, W]."""
+    """Returns a correction [B, 3, H, W] to the image that PatchPCA makes of tokens [B, N, C]."""
 
     def __init__(self, tokens, channels, patch_size, width, depth, heads, num_classes=0,
                  checkpoint_blocks=False, feature_maps=32, hidden=48):
@@ -868,7 +868,7 @@ class PixelDecoder(nn.Module):
 
 
 class TinyRAE(nn.Module):
-    """RAE in miniature, frozen after fit_tiny_rae: images [B, 3, H, W] <-> latents [B, N, C].
+    """RAE in miniature: images [B, 3, H, W] to latents [B, N, C] and back. fit_tiny_rae freezes it.
 
     On average over the channels, latents have mean 0 and variance 1. Coarse channels have more.
     """
@@ -883,7 +883,7 @@ class TinyRAE(nn.Module):
         self.register_buffer("latent_var", torch.ones(1, channels))          # are normalised
 
     def encode(self, images):
-        """Images in [0, 1] -> latents."""
+        """Turn images in [0, 1] into latents."""
         return self.pca.encode(images)
 
     def decode_unclamped(self, z):
@@ -892,7 +892,7 @@ class TinyRAE(nn.Module):
         return image + self.decoder(z, image).float()
 
     def decode(self, z):
-        """Latents -> images in [0, 1]."""
+        """Turn latents into images in [0, 1]."""
         return self.decode_unclamped(z).clamp(0, 1)
 
 
@@ -945,7 +945,7 @@ def load_weights(module, path):
 
 
 def rename_decoder_keys(decoder, state_dict, prefix, *unused):
-    """Published names -> those of nn.TransformerEncoderLayer, which joins query, key and value."""
+    """Rename published keys to those of nn.TransformerEncoderLayer; it joins query, key, value."""
     names = {"attention.output.dense": "self_attn.out_proj", "intermediate.dense": "linear1",
              "output.dense": "linear2", "layernorm_before": "norm1", "layernorm_after": "norm2"}
     for number in range(len(decoder.decoder_layers)):
@@ -962,7 +962,7 @@ def rename_decoder_keys(decoder, state_dict, prefix, *unused):
 
 
 class RAEDecoder(nn.Module):
-    """Tokens [B, N, C] -> images [B, 3, H, W]: RAE's decoder, a ViT as in MAE.
+    """RAE's decoder, a ViT as in MAE: maps tokens [B, N, C] to images [B, 3, H, W].
 
     load_state_dict takes the published key names and is strict about them.
     """
@@ -995,7 +995,7 @@ class RAEDecoder(nn.Module):
 
 
 class RAE(nn.Module):
-    """The paper's autoencoder, frozen: images [B, 3, 256, 256] <-> latents [B, 256, 768].
+    """The paper's autoencoder, frozen: images [B, 3, 256, 256] to latents [B, 256, 768] and back.
 
     Patches have 14 pixels in the encoder and 16 in the decoder, so images go in at 224 pixels and
     come out at 256: 16 x 16 patches both times. pretrained=False: random weights, no statistics.
@@ -1024,7 +1024,7 @@ class RAE(nn.Module):
         self.eval().requires_grad_(False)
 
     def encode(self, images):
-        """Images in [0, 1] -> latents with mean 0 and variance 1."""
+        """Turn images in [0, 1] into latents with mean 0 and variance 1."""
         x = F.interpolate(images, (224, 224), mode="bicubic")                # [B, 3, 224, 224]
         x = (x - IMAGENET_MEAN.to(x)) / IMAGENET_STD.to(x)
         tokens = self.encoder.forward_features(x).float()                    # [B, 5 + N, C]
@@ -1032,7 +1032,7 @@ class RAE(nn.Module):
         return (z - self.latent_mean) / (self.latent_var + 1e-5).sqrt()
 
     def decode(self, z):
-        """Latents -> images in [0, 1]."""
+        """Turn latents into images in [0, 1]."""
         return self.decoder(z * (self.latent_var + 1e-5).sqrt() + self.latent_mean).clamp(0, 1)
 
 
@@ -1055,8 +1055,8 @@ def load_autoencoder(name, config=None, pretrained=True):
 def spherify(z):
     """f(z) = z / sqrt(mean(z^2)), the mean over all but the batch axis: the norm becomes sqrt(L).
 
-    z [B, ...] -> float32, same shape. Zero stays zero; 1e-6 under the root, as in Sphere Encoder,
-    keeps the gradient there finite.
+    z is [B, ...]; the result is float32 of the same shape. Zero stays zero; 1e-6 under the root, as
+    in Sphere Encoder, keeps the gradient there finite.
     """
     return F.rms_norm(z.float(), z.shape[1:], eps=1e-6)
 
@@ -1259,7 +1259,7 @@ def write_latents(autoencoder, images, path, shape):
 
 
 def encode_images(autoencoder, images, config, folder):
-    """Encode every image once, and its mirror image -> a data set of (latent, label).
+    """Encode every image once, and its mirror image. Returns a data set of (latent, label).
 
     The latents are in a file that all processes share. Where the disk has no room for it, the
     images are returned as they are, and the autoencoder runs in every update.
@@ -1292,7 +1292,7 @@ class Objective(nn.Module):
 
 
 def update(model, objective, optimizer, x, labels, config, step):
-    """One update from this process's part (x, labels) of a batch -> its losses, a dict of scalars.
+    """Make one update from this process's part (x, labels) of a batch. Returns a dict of losses.
 
     All that is random is drawn for the whole batch: any number of processes gives the same result.
     """
@@ -1332,7 +1332,7 @@ def update_average(average, model, decay):
 
 
 def mean_losses(recent):
-    """A list of dicts of scalars -> a dict of floats: the mean over updates and processes."""
+    """Average dicts of scalars over updates and processes. Returns a dict of floats."""
     table = torch.stack([torch.stack(list(losses.values())) for losses in recent])
     means = sum_over_processes(table.mean(0)) / world_size()
     return dict(zip(recent[0], means.tolist()))
@@ -1372,7 +1372,7 @@ def save_checkpoint(path, state):
 
 
 def read_checkpoint(path):
-    """A checkpoint or its run folder -> the dict that was saved. Never runs code from the file."""
+    """Read a checkpoint, or that of a run folder, as a dict. Never runs code from the file."""
     path = pathlib.Path(path)
     if path.is_dir():
         path = path / "checkpoint.pt"
@@ -1389,7 +1389,7 @@ def read_checkpoint(path):
 
 
 def write_table(path, rows):
-    """Dicts with the same keys -> a .csv file."""
+    """Write dicts with the same keys to a .csv file."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -1406,7 +1406,7 @@ def restore(parts, classes, state, path):
 
 
 def fit(model, losses, dataset, classes, config, folder, keep, on_save):
-    """The training loop -> the averaged model. It goes on from folder/checkpoint.pt if that exists.
+    """The training loop. Goes on from folder/checkpoint.pt if that exists; returns the EMA model.
 
     losses(x, labels, e, alpha_small, alpha_large): a dict with "total". keep: further entries of
     the checkpoint. on_save(average) is called with every checkpoint.
@@ -1490,7 +1490,7 @@ def share_noise(noise, share=0.4):
 @torch.no_grad()
 def sample(denoiser, labels, steps=4, cfg_scale=1.0, largest_tilt=math.pi / 2, noise=None,
            generator=None, return_path=False):
-    """Random points on the sphere -> clean latents z [B, N, C], by `steps` calls of the denoiser.
+    """Generate latents z [B, N, C] from random points on the sphere: `steps` calls of the denoiser.
 
     labels [B]; noise [steps, B, N, C], drawn if None. After call k of n the estimate is tilted back
     into noise by (1 - k/n)^0.7 largest_tilt, radians: 74, 55 and 34 degrees for four steps. The
@@ -1522,7 +1522,7 @@ def seeded_noise(indices, latent_shape, seed, draws):
 
 @torch.no_grad()
 def sample_batches(denoiser, autoencoder, labels, config, steps):
-    """Generate an image for each label [n] -> batches (indices, images), this process's part."""
+    """Generate an image for each label [n]. Yields (indices, images), this process's part."""
     device, largest_tilt = next(denoiser.parameters()).device, math.radians(config.tilt)
     for indices in index_batches(len(labels)):
         noise = seeded_noise(indices, denoiser.latent_shape, config.seed, steps).to(device)
@@ -1539,7 +1539,7 @@ def sample_batches(denoiser, autoencoder, labels, config, steps):
 
 
 def sample_images(denoiser, autoencoder, labels, config, steps):
-    """Generate an image for each label [n] -> all images [n, 3, H, W], in every process."""
+    """Generate an image for each label [n]. Returns all, [n, 3, H, W], in every process."""
     images = torch.zeros(len(labels), 3, config.image_size, config.image_size)
     for indices, some in sample_batches(denoiser, autoencoder, labels, config, steps):
         images[indices] = some
@@ -1569,7 +1569,7 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
 
 
 class InceptionFID(nn.Module):
-    """Images [B, 3, H, W] in [0, 1] -> pool features [B, 2048] and logits [B, 1008].
+    """Maps images [B, 3, H, W] in [0, 1] to pool features [B, 2048] and logits [B, 1008].
 
     The network of the original FID: torchvision's Inception v3 with the weights of the TensorFlow
     graph and its peculiarities. There are 1008 outputs, average pools do not count the padding, and
@@ -1611,7 +1611,7 @@ class InceptionFID(nn.Module):
 
 
 class UntrainedFeatures(nn.Module):
-    """Images [B, 3, H, W] in [0, 1] -> features [B, 256] of convolutions with fixed random weights.
+    """Maps images [B, 3, H, W] in [0, 1] to 256 features: convolutions with fixed random weights.
 
     They need no download and favour no run. Their distance compares runs on the same images and is
     not an FID.
@@ -1635,8 +1635,11 @@ class UntrainedFeatures(nn.Module):
 
 @torch.no_grad()
 def feature_statistics(network, batches):
-    """Batches of images, this process's part -> mean and covariance of the features of all, and the
-    Inception Score (over all images at once, from logits without bias, as in the original)."""
+    """Return mean and covariance of the features of all images, and the Inception Score.
+
+    batches: this process's part of the images. The score is None for a network without logits. It
+    is over all images at once, from logits without bias, as in the original.
+    """
     device = next(network.parameters()).device
     features, logits = network(torch.zeros(1, 3, 64, 64, device=device))     # to know the sizes
     size, classes = features.shape[1], 0 if logits is None else logits.shape[1]
@@ -1664,7 +1667,7 @@ def feature_statistics(network, batches):
 
 
 def rebuild(autoencoder, x):
-    """Images [B, 3, H, W] -> the same after encoding and decoding, and their PSNR [B], decibels."""
+    """Encode and decode images [B, 3, H, W]. Returns the results and their PSNR [B], decibels."""
     device = next(autoencoder.parameters()).device
     with torch.no_grad(), autocast(device):
         y = autoencoder.decode(autoencoder.encode(x.to(device))).float().clamp(0, 1).cpu()
@@ -1713,7 +1716,7 @@ def evaluate_run(name, run, network, held_out, reference, unit):
 
 
 def evaluate(runs):
-    """Print a table of runs, {name: (config, autoencoder, denoiser)}, of one data set -> its rows.
+    """Print a table of runs of one data set, {name: (config, autoencoder, denoiser)}. Returns rows.
 
     With the paper's autoencoder the distance is FID, to the training images. Otherwise it is in
     untrained features, to the held-out images, in units of their variance.
@@ -1769,12 +1772,12 @@ class SphereEncoder(nn.Module):
                                     config.checkpoint_blocks)
 
     def encode(self, images, labels=None):
-        """f(E(images)): images [B, 3, H, W], labels [B] -> points on the sphere [B, N, C]."""
+        """Return f(E(images)): points on the sphere [B, N, C] for images [B, 3, H, W]."""
         z = self.pca.encode(images)
         return spherify(z + self.encoder(z, labels))
 
     def decode(self, v, labels=None):
-        """D(v): points on the sphere [B, N, C], labels [B] -> images [B, 3, H, W], not clamped."""
+        """Return D(v): images [B, 3, H, W], not clamped, for points on the sphere [B, N, C]."""
         image = self.pca.decode(v)
         return image + self.decoder(v, image, labels).float()
 
@@ -1788,7 +1791,7 @@ class SphereEncoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, labels, steps=4, cfg_scale=1.0, angle=math.radians(85), noise=None):
-        """Random points on the sphere -> images [B, 3, H, W]. E and D both run in every step.
+        """Generate images [B, 3, H, W] from random points. E and D both run in every step.
 
         The first point is f(noise); all steps tilt with the same noise [B, N, C] and angle, which
         its paper found best. Guidance acts on both halves, with the square root of cfg_scale each.
@@ -1938,7 +1941,7 @@ def prepare_folder(config, resume, overwrite):
 
 
 def load_run(path, device="cpu", **changes):
-    """A run folder or checkpoint -> config, autoencoder, denoiser (averaged weights, eval mode).
+    """Load config, autoencoder and denoiser (averaged weights, eval mode) of a run or checkpoint.
 
     changes: fields of config to replace. denoiser.classes has the names of the classes.
     """
@@ -1977,7 +1980,7 @@ def frozen_autoencoder(config, images, folder, device):
 
 
 def fit_denoiser(config, autoencoder, images, folder):
-    """Encode the images, train a denoiser on the latents -> the denoiser (averaged weights)."""
+    """Encode the images and train a denoiser on the latents. Returns it with averaged weights."""
     latents = encode_images(autoencoder, images, config, folder)
     torch.manual_seed(config.seed)
     denoiser = denoiser_for(config, autoencoder.latent_shape, len(images.classes))
@@ -2002,7 +2005,7 @@ def fit_denoiser(config, autoencoder, images, folder):
 
 
 def fit_sphere_encoder(config, images, folder, device):
-    """Train a SphereEncoder on the images -> the model (averaged weights)."""
+    """Train a SphereEncoder on the images. Returns it with averaged weights."""
     torch.manual_seed(config.seed)
     model = SphereEncoder(config, len(images.classes))
     model.pca.fit(random_images(images, 2000, config.seed))
@@ -2125,7 +2128,7 @@ def open_run(path, given):
 
 
 def class_number(word, classes):
-    """A name or a number -> label. Where classes are called by numbers, a number is a name."""
+    """Find a label by name or number. Where classes are called by numbers, a number is a name."""
     if word in classes:
         return classes.index(word)
     is_number = word.isdecimal() and len(word) < 10
@@ -2206,7 +2209,7 @@ def build_parser():
 
 
 def main(argv=None):
-    """Run one command -> exit code: 0, 2 for what the user can put right, 130 for Ctrl-C."""
+    """Run one command. Returns the exit code: 0, 2 for a UserError, 130 for Ctrl-C."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():       # torchrun
         # gloo for tensors on the CPU (sums of losses, flags), nccl for gradients on GPUs
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
