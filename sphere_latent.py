@@ -94,6 +94,11 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def my_part(batch):
+    """This process's part of a batch, or of a list of batches."""
+    return batch[rank()::world_size()]
+
+
 def sum_over_processes(x):
     """Replace a tensor by its sum over all processes."""
     if dist.is_initialized():
@@ -590,7 +595,7 @@ def random_index_batches(count, config, first_step, last_step):
 def index_batches(count, size=100):
     """This process's share of the indices below count, as lists of at most `size` of them."""
     batches = torch.arange(count).split(size)
-    return [batch.tolist() for batch in batches][rank()::world_size()]
+    return my_part([batch.tolist() for batch in batches])
 
 
 def ignore_signals(worker):
@@ -1302,11 +1307,10 @@ def update(model, objective, optimizer, x, labels, config, step):
     is_dropped = torch.rand(config.batch_size, generator=generator, device=device) < LABEL_DROPOUT
     alpha_small, alpha_large = sample_angles(config.batch_size, config, generator)
     e = torch.randn(config.batch_size, *model.latent_shape, generator=generator, device=device)
-    mine = slice(rank(), None, world_size())                 # this process's part of a batch
     if x.dim() == 4 and config.flips:                        # images; latents include mirror images
-        x = mirror(x, is_mirrored[mine])
-    labels = labels.masked_fill(is_dropped[mine], model.num_classes)
-    batch = (x, labels, e[mine], alpha_small[mine], alpha_large[mine])
+        x = mirror(x, my_part(is_mirrored))
+    labels = labels.masked_fill(my_part(is_dropped), model.num_classes)
+    batch = (x, labels, my_part(e), my_part(alpha_small), my_part(alpha_large))
 
     optimizer.zero_grad()
     totals = []
@@ -1396,13 +1400,17 @@ def write_table(path, rows):
         writer.writerows(rows)
 
 
-def restore(parts, classes, state, path):
-    """Load the entries of a checkpoint into model, average and optimizer."""
+def restore(parts, classes, path):
+    """Load model, average and optimizer from a checkpoint, if it is there. Returns step and log."""
+    if not path.exists():
+        return 0, []
+    state = read_checkpoint(path)
     if state["classes"] != list(classes):
         raise UserError(f"{path} is of other classes than the images that are there now")
     with as_user_error(f"{path} does not fit this program"):
         for name, part in parts.items():
             part.load_state_dict(state[name])
+    return state["step"], state["log"]
 
 
 def fit(model, losses, dataset, classes, config, folder, keep, on_save):
@@ -1416,18 +1424,15 @@ def fit(model, losses, dataset, classes, config, folder, keep, on_save):
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=device.type != "mps")
     parts = {"model": model, "average": average, "optimizer": optimizer}
-    first_step, log, began = 0, [], time.time()
-    if path.exists():
-        state = read_checkpoint(path)
-        restore(parts, classes, state, path)
-        first_step, log = state["step"], state["log"]
-        began -= log[-1]["seconds"]
+    first_step, log = restore(parts, classes, path)
+    began = time.time()
+    if log:
+        began -= log[-1]["seconds"]                          # those of the run so far
     objective = Objective(model, losses)
     if world_size() > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
-    mine = slice(rank(), None, world_size())                 # this process's part of a batch
-    batches = (numbers[mine] for numbers in random_index_batches(
-        len(dataset), config, first_step, config.train_steps))
+    batches = map(my_part, random_index_batches(len(dataset), config, first_step,
+                                                config.train_steps))
     bar = progress(make_loader(dataset, batches, device), config.method, initial=first_step,
                    total=config.train_steps)
     recent = []
