@@ -73,7 +73,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def as_user_error(problem):
-    """Turn an error inside into a UserError that begins with `problem`; pass a UserError on."""
+    """Raise an error of the block as a UserError that begins with `problem`."""
     try:
         yield
     except UserError:
@@ -145,7 +145,7 @@ def autocast(device):
 
 def seeded_generator(seed, index, device="cpu"):
     """A generator for one update or one image: a resumed run needs no saved random state."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + index)     # room for all indices
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + index)     # up to 10^6 indices
 
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class Config:
     # data
     dataset: str = setting("drawn", "what to learn", (
         "drawn", "folder", "cifar10", "flowers", "animal-faces", "imagenet"))
-    data_dir: str = setting("", "folder of the images (default: data); alone: --dataset folder")
+    data_dir: str = setting("", "folder of the images, else data; alone, implies --dataset folder")
     image_size: int = setting(64, "height and width of the images, pixels", high=4096)
     flips: bool = setting(True, "also learn from mirror images")
     # the frozen autoencoder
@@ -205,7 +205,7 @@ class Config:
     tilt: float = setting(90.0, "sampling: largest tilt back into noise, degrees", high=90)
     eval_samples: int = setting(600, "samples behind a Fréchet distance", low=2, high=10**7)
     # the run
-    seed: int = setting(0, "seed of everything random", low=0)
+    seed: int = setting(0, "seed of training and sampling; drawings stay the same", low=0)
     device: str = setting("auto", "auto (CUDA, then MPS, then CPU) or a torch device")
     out: str = setting("", "run folder (default: runs/DATASET)")
     compile: bool = setting(False, "use torch.compile")
@@ -239,8 +239,8 @@ class Config:
 
 
 # Where the settings of a data set differ from the defaults, which are those of "drawn".
-# PHOTOS: for a folder of images, and for flowers, animal-faces and imagenet with --autoencoder
-# tiny; guidance by a sweep on photographs (README.md), the rest by trying.
+# PHOTOS: for a folder of images, and for flowers, animal-faces and imagenet with --autoencoder tiny
+# or --method sphere-encoder; guidance by a sweep on photographs (README.md), the rest by trying.
 # PAPER: the paper's optimizer is unknown. Batch size, learning rate and EMA are RAE's (there the
 # rate decays to 2e-5, here to 0), the 1,000 epochs (ImageNet: 800) Sphere Encoder's. accumulate:
 # for one GPU (ImageNet: for eight), so that a part has at most 32 images.
@@ -384,7 +384,7 @@ def drawn_images(split, size, seed=0):
 IN_MEMORY = 8e9              # bytes of pixels; a larger data set stays in its files
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff",
                  ".ppm", ".pgm")
-HIDDEN = (".", "__MACOSX")   # how names of files and folders begin that are left out
+HIDDEN = (".", "__MACOSX")   # files and folders whose names begin so are left out
 
 
 def read_image(path, size):
@@ -423,10 +423,11 @@ class ImageFiles(Dataset):
 
 
 def read_images(files):
-    """Read ImageFiles into memory, as PixelImages. More than 8 GB stay ImageFiles.
+    """Read ImageFiles into memory, as PixelImages. More than 8 GB of pixels stay in their files.
 
-    Images that cannot be read are named and left out. Raises UserError if they are more than one,
-    and more than 1 in 100. Above 8 GB, one of them ends the training when its turn comes.
+    Images that cannot be read are left out; the first five are named. Raises UserError if there is
+    more than one such image and they exceed 1 in 100. In a data set that stays in its files, an
+    unreadable image stops the training when it is reached.
     """
     if 3 * files.size ** 2 * len(files) > IN_MEMORY:
         return files
@@ -445,6 +446,8 @@ def read_images(files):
         print(f"skipped: {error}", file=sys.stderr)
     if len(errors) > max(1, len(files) // 100):
         raise UserError(f"{len(errors)} of {len(files)} images cannot be read: {errors[0]}")
+    if len(files) - len(errors) < 2:
+        raise UserError(f"only one of {len(files)} images can be read: {errors[0]}")
     is_read = torch.tensor([torch.is_tensor(image) for image in found])
     pixels = torch.stack([image for image in found if torch.is_tensor(image)])
     return PixelImages(pixels, files.labels[is_read], files.classes)
@@ -605,7 +608,7 @@ def ignore_signals(worker):
 
 
 def make_loader(dataset, batches, device=torch.device("cpu")):
-    """Load the batches (images or latents [B, ...], labels [B]) that lists of indices name."""
+    """Return a DataLoader of (images or latents [B, ...], labels [B]), one per list of indices."""
     workers = min(8, os.cpu_count()) if isinstance(dataset, ImageFiles) else 0
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                       pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
@@ -773,8 +776,8 @@ def border_angles(size, patch_size):
     """Return, for each pixel of a row, its partner [size] and its rotation angle [size].
 
     The partner is the pixel's mirror image at the nearest border of patches. The angle falls from
-    almost 45 degrees at the border to 0 at a distance of `reach` pixels; beyond that, a pixel is
-    its own partner.
+    45 degrees on the border to 0 at a distance of `reach` pixels, measured at the centres of the
+    pixels, and is negative to the right of the border. Beyond `reach`, a pixel is its own partner.
     """
     partner, angle = torch.arange(size), torch.zeros(size)
     reach = patch_size // 4          # pixels on each side of a border; a quarter was best by trying
@@ -805,8 +808,9 @@ class PatchPCA(nn.Module):
     def rotate(self, images, angle):
         """Mix pixels that mirror each other at a border: rotate each such pair by its angle.
 
-        Next to a border they become nearly their sum and their difference, over sqrt(2). In smooth
-        images the difference is almost 0. This is the lapped transform of audio and image coding.
+        Next to a border of large patches they become nearly their sum and their difference, over
+        sqrt(2). In smooth images the difference is almost 0. This is the lapped transform of audio
+        and image coding.
         """
         for _ in range(2):                                   # along one axis, then the other
             images = images.transpose(2, 3)
@@ -875,7 +879,7 @@ class PixelDecoder(nn.Module):
 class TinyRAE(nn.Module):
     """RAE in miniature: images [B, 3, H, W] to latents [B, N, C] and back. fit_tiny_rae freezes it.
 
-    On average over the channels, latents have mean 0 and variance 1. Coarse channels have more.
+    Averaged over the channels, latents have mean 0 and variance 1. Coarse channels vary more.
     """
 
     def __init__(self, image_size, patch_size, channels):
@@ -884,8 +888,9 @@ class TinyRAE(nn.Module):
         self.latent_shape = (tokens, channels)
         self.pca = PatchPCA(image_size, patch_size, channels)
         self.decoder = PixelDecoder(tokens, channels, patch_size, width=256, depth=2, heads=4)
-        self.register_buffer("latent_mean", torch.zeros(1, channels))        # PCA's tokens
-        self.register_buffer("latent_var", torch.ones(1, channels))          # are normalised
+        # as in RAE; 0 and 1, because PatchPCA normalises its tokens
+        self.register_buffer("latent_mean", torch.zeros(1, channels))
+        self.register_buffer("latent_var", torch.ones(1, channels))
 
     def encode(self, images):
         """Turn images in [0, 1] into latents."""
@@ -903,7 +908,7 @@ class TinyRAE(nn.Module):
 
 # The paper's autoencoder, Inception (for FID) and VGG (for Sphere Encoder's loss) have published
 # weights. They are fetched when they are needed; files in --weights-dir take precedence.
-# The digits at the end of a .pth name are the start of the file's SHA-256, which is checked.
+# The digits at the end of a .pth name are the start of the file's SHA-256; downloads are checked.
 
 HUGGING_FACE_FILES = {       # name in --weights-dir: (repository, path in it)
     "model.safetensors": ("timm/vit_base_patch14_reg4_dinov2.lvd142m", "model.safetensors"),
@@ -1094,7 +1099,7 @@ def slerp(a, b, t):
     t = torch.as_tensor(t, dtype=torch.float32, device=a.device).view(shape)
     omega = angle_between(a, b).view(shape)
     on_arc = torch.sin((1 - t) * omega) * a + torch.sin(t * omega) * b
-    on_arc = on_arc / omega.clamp(min=1e-3)                  # makes its length about sqrt(L)
+    on_arc = on_arc / omega.clamp(min=1e-3)                  # keeps small angles above eps
     on_line = torch.lerp(a, b, t)                            # for tiny angles on_arc vanishes
     return spherify(torch.where(omega < 1e-3, on_line, on_arc))
 
@@ -1264,10 +1269,10 @@ def write_latents(autoencoder, images, path, shape):
 
 
 def encode_images(autoencoder, images, config, folder):
-    """Encode every image once, and its mirror image. Returns a data set of (latent, label).
+    """Encode every image, and with flips its mirror image. Returns a data set of (latent, label).
 
-    The latents are in a file that all processes share. Where the disk has no room for it, the
-    images are returned as they are, and the autoencoder runs in every update.
+    The latents are in a file that all processes share; one that is there already is used. If the
+    disk has no room, the images are returned, and the autoencoder runs in every update.
     """
     views = 1 + config.flips
     shape = (views, len(images), *autoencoder.latent_shape)
@@ -1285,7 +1290,7 @@ def encode_images(autoencoder, images, config, folder):
 
 
 class Objective(nn.Module):
-    """From a batch to its losses. DistributedDataParallel wraps modules, so this is one."""
+    """Maps a batch to its losses. A module, because DistributedDataParallel wraps only modules."""
 
     def __init__(self, model, losses):
         super().__init__()
@@ -1330,7 +1335,7 @@ def update(model, objective, optimizer, x, labels, config, step):
 
 @torch.no_grad()
 def update_average(average, model, decay):
-    """The exponential moving average (EMA) of the weights, with which images are generated."""
+    """Update the exponential moving average (EMA) of the weights, which generates the images."""
     for averaged, current in zip(average.parameters(), model.parameters()):
         averaged.lerp_(current, 1 - decay)
 
@@ -1393,9 +1398,10 @@ def read_checkpoint(path):
 
 
 def write_table(path, rows):
-    """Write dicts with the same keys to a .csv file."""
+    """Write dicts to a .csv file. A key that a dict lacks leaves an empty cell."""
+    names = list(dict.fromkeys(name for row in rows for name in row))        # of all, in order
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -1552,7 +1558,7 @@ def sample_images(denoiser, autoencoder, labels, config, steps):
 
 
 def balanced_labels(count, num_classes):
-    """`count` labels, spread evenly over the classes, also when there are fewer than classes."""
+    """Return `count` labels spread evenly over the classes, even if they are fewer."""
     if count < num_classes:
         return torch.arange(count) * num_classes // count
     return torch.arange(count) % num_classes
@@ -1643,7 +1649,7 @@ def feature_statistics(network, batches):
     """Return mean and covariance of the features of all images, and the Inception Score.
 
     batches: this process's part of the images. The score is None for a network without logits. It
-    is over all images at once, from logits without bias, as in the original.
+    uses logits without bias, as the original does, and all images at once, not ten parts of them.
     """
     device = next(network.parameters()).device
     features, logits = network(torch.zeros(1, 3, 64, 64, device=device))     # to know the sizes
@@ -1684,8 +1690,8 @@ STEP_COUNTS = (1, 2, 4, 6)
 
 
 def evaluate_run(name, run, network, held_out, reference, unit):
-    """Yield the rows of the table for one run: rebuilt held-out images, the floor for all others,
-    then samples at 1, 2, 4 and 6 steps. The distance to `reference` is divided by unit."""
+    """Yield the rows of the table for one run: rebuilt held-out images, then samples at 1, 2, 4
+    and 6 steps, which can hardly be better. The distance to `reference` is divided by unit."""
     config, autoencoder, denoiser = run
     models = {autoencoder, denoiser}                         # one model in Sphere Encoder
     parameters = sum(p.numel() for model in models for p in model.parameters())
@@ -1708,6 +1714,7 @@ def evaluate_run(name, run, network, held_out, reference, unit):
     row["psnr"] = f"{sum_over_processes(decibels).item() / len(held_out):.2f}"
     yield row
     labels = balanced_labels(config.eval_samples, denoiser.num_classes)
+    sample_images(denoiser, autoencoder, labels[:50], config, 1)             # warm up, not timed
     for steps in STEP_COUNTS:
         began = time.perf_counter()
         sample_images(denoiser, autoencoder, labels[:50], config, steps)
@@ -1728,9 +1735,11 @@ def evaluate(runs):
     """
     config, _, denoiser = next(iter(runs.values()))
     device = next(denoiser.parameters()).device
-    kinds = {(c.dataset, c.data_dir, c.image_size, c.uses_rae()) for c, _, _ in runs.values()}
+    kinds = {(c.dataset, c.data_dir, c.image_size, c.uses_rae(), c.eval_samples)
+             for c, _, _ in runs.values()}
     if len(kinds) > 1:
-        raise UserError("these runs use different images or autoencoders: evaluate them one by one")
+        raise UserError("these runs differ in images, autoencoder or --eval-samples: evaluate them "
+                        "one by one")
     held_out = load_images(config, "test")
     if config.uses_rae():
         network = InceptionFID(find_weights(INCEPTION, config.weights_dir)).to(device)
@@ -1738,7 +1747,7 @@ def evaluate(runs):
         mean, covariance, _ = feature_statistics(network, iterate_images(real))
         say(f"Fréchet distance: FID-{config.eval_samples} to {len(real):,} training images")
         if min(config.eval_samples, len(held_out)) < 2048:
-            say("warning: it is biased upwards for fewer than 2,048 images, the number of features")
+            say("warning: FID is too high for few images, above all for fewer than 2,048")
     else:
         network = UntrainedFeatures().to(device)
         mean, covariance, _ = feature_statistics(network, iterate_images(held_out))
@@ -1787,7 +1796,7 @@ class SphereEncoder(nn.Module):
         return image + self.decoder(v, image, labels).float()
 
     def losses(self, images, labels, e, alpha_small, alpha_large, config, perceptual=None):
-        """The losses of Sphere Latent Encoder, with other things put in (see sphere_losses)."""
+        """Compute sphere_losses with D, E and images in place of the denoiser, f and latents."""
         def encode(x):
             return self.encode(x, labels)
 
@@ -1871,11 +1880,10 @@ def sample_figure(denoiser, autoencoder, classes, config, path):
 def reconstruction_figure(autoencoder, images, path):
     """Held-out images, and below them the same images encoded and decoded."""
     count = min(12, len(images))
-    some = [images[i * len(images) // count] for i in range(count)]
-    x = torch.stack([image for image, _ in some])                            # [12, 3, H, W]
+    some = [images[i * len(images) // count][0] for i in range(count)]
+    x = torch.stack(some)                                                    # [12, 3, H, W]
     y, psnr = rebuild(autoencoder, x)
-    picture(path, [x, y], ["image", f"rebuilt, {psnr.mean():.1f} dB"],
-            [images.classes[label] for _, label in some])
+    picture(path, [x, y], ["image", f"rebuilt, {psnr.mean():.1f} dB"])
 
 
 def loss_figure(log, path):
@@ -1940,6 +1948,10 @@ def prepare_folder(config, resume, overwrite):
             for name in RUN_FILES:
                 (folder / name).unlink(missing_ok=True)
                 (folder / (name + ".part")).unlink(missing_ok=True)
+        if resume:
+            saved = json.loads((folder / "config.json").read_text())
+            if saved["data_dir"] != config.data_dir:         # perhaps they are other images
+                (folder / "latents.bin").unlink(missing_ok=True)
         (folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
     wait_for_all_processes()
     return folder
@@ -2092,7 +2104,7 @@ def refuse_unused_flags(given, config):
 
 
 def resumed_config(folder, given):
-    """The settings of a run, with the flags in `given` in their place."""
+    """Return the settings of a run, updated with the flags in `given`."""
     unwanted = sorted(set(given) - {"train_steps", "data_dir", "device"})
     if unwanted:
         flag = "--" + unwanted[0].replace("_", "-")
@@ -2124,7 +2136,7 @@ def train_command(given):
 
 
 def open_run(path, given):
-    """A run, with the flags in `given` in the place of its settings."""
+    """Load a run, with its settings updated by the flags in `given`."""
     changes = {name: value for name, value in given.items() if name != "device"}
     device = find_device(given.get("device", "auto"))
     run = load_run(pathlib.Path(path).expanduser(), device, **changes)
@@ -2227,7 +2239,7 @@ def main(argv=None):
     except SystemExit as leaving:                            # argparse, after --help
         return leaving.code or 0
     except KeyboardInterrupt as stopped:
-        message = str(stopped) or "stopped; training goes on with train --resume RUN"
+        message = str(stopped) or "stopped; to go on with a training: train --resume RUN"
         code = 130
     except torch.OutOfMemoryError as error:
         message = f"{error}; to train, raise --accumulate or lower --batch-size"
