@@ -68,6 +68,8 @@ def test_a_finished_run_can_be_trained_longer(small_run, tmp_path, monkeypatch):
     assert len((folder / "log.csv").read_text().splitlines()) == 3           # with a heading
     before, after = saved(small_run), saved(folder)
     torch.testing.assert_close(after["autoencoder"], before["autoencoder"], rtol=0, atol=0)
+    sl.write_table(tmp_path / "log.csv", [{"a": 1}, {"b": 2}])               # VGG was found later
+    assert (tmp_path / "log.csv").read_text().split() == ["a,b", "1,", ",2"]
 
 
 def test_the_learning_rate_warms_up_holds_and_decays():
