@@ -244,7 +244,7 @@ class Config:
 # PAPER: the paper's optimizer is unknown. Batch size, learning rate and EMA are RAE's (there the
 # rate decays to 2e-5, here to 0), the 1,000 epochs (ImageNet: 800) Sphere Encoder's. accumulate:
 # for one GPU (ImageNet: for eight), so that a part has at most 32 images.
-PHOTOS = {"autoencoder_steps": 1000, "train_steps": 5000, "learning_rate": 3e-3, "cfg_scale": 3.0}
+PHOTOS = {"autoencoder_steps": 1000, "train_steps": 10_000, "learning_rate": 3e-3, "cfg_scale": 3.0}
 PAPER = {"autoencoder": "dinov2-b", "image_size": 256, "model_size": "B", "batch_size": 1024,
          "accumulate": 32, "learning_rate": 2e-4, "ema_decay": 0.9995, "eval_samples": 50_000}
 PRESETS = {
