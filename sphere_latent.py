@@ -145,7 +145,7 @@ def autocast(device):
 
 def seeded_generator(seed, index, device="cpu"):
     """A generator for one update or one image: a resumed run needs no saved random state."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + index)     # up to 10^6 indices
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + index)     # room for 10^6 indices
 
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class Config:
     # data
     dataset: str = setting("drawn", "what to learn", (
         "drawn", "folder", "cifar10", "flowers", "animal-faces", "imagenet"))
-    data_dir: str = setting("", "folder of the images, else data; alone, implies --dataset folder")
+    data_dir: str = setting("", "folder of the images, or data; alone, it implies --dataset folder")
     image_size: int = setting(64, "height and width of the images, pixels", high=4096)
     flips: bool = setting(True, "also learn from mirror images")
     # the frozen autoencoder
@@ -1247,7 +1247,7 @@ def file_tensor(path, shape):
 
 @torch.no_grad()
 def write_latents(autoencoder, images, path, shape):
-    """Encode images, and their mirror images if shape[0] is 2, into a file: float16, [shape].
+    """Encode images, and their mirror images if shape[0] is 2, into a float16 file of this shape.
 
     Each process encodes its share. The file gets its name when it is whole.
     """
@@ -1257,7 +1257,7 @@ def write_latents(autoencoder, images, path, shape):
     batches = index_batches(len(images))
     loader = make_loader(images, batches, device)
     for indices, (x, _) in zip(batches, progress(loader, "encoding", total=len(batches))):
-        for view in latents:
+        for view in latents:                                 # the images, then their mirror images
             with autocast(device):
                 z = autoencoder.encode(x.to(device))                         # [B, N, C]
             view[indices] = z.half().cpu()
@@ -1691,7 +1691,7 @@ STEP_COUNTS = (1, 2, 4, 6)
 
 def evaluate_run(name, run, network, held_out, reference, unit):
     """Yield the rows of the table for one run: rebuilt held-out images, then samples at 1, 2, 4
-    and 6 steps, which can hardly be better. The distance to `reference` is divided by unit."""
+    and 6 steps. The distance to `reference` is divided by unit."""
     config, autoencoder, denoiser = run
     models = {autoencoder, denoiser}                         # one model in Sphere Encoder
     parameters = sum(p.numel() for model in models for p in model.parameters())
@@ -2226,7 +2226,7 @@ def build_parser():
 
 
 def main(argv=None):
-    """Run one command. Returns the exit code: 0, 2 for a UserError, 130 for Ctrl-C."""
+    """Run one command. Returns 0, 2 for an error that the user can correct, or 130 for Ctrl-C."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():       # torchrun
         # gloo for tensors on the CPU (sums of losses, flags), nccl for gradients on GPUs
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -2239,7 +2239,7 @@ def main(argv=None):
     except SystemExit as leaving:                            # argparse, after --help
         return leaving.code or 0
     except KeyboardInterrupt as stopped:
-        message = str(stopped) or "stopped; to go on with a training: train --resume RUN"
+        message = str(stopped) or "stopped; an unfinished training goes on with train --resume RUN"
         code = 130
     except torch.OutOfMemoryError as error:
         message = f"{error}; to train, raise --accumulate or lower --batch-size"
