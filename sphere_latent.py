@@ -636,6 +636,11 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), eps=1e-6)
 
 
+def modulate(x, shift, scale):
+    """Shift and scale each channel of x [B, N, D] by values [B, 1, D] that depend on the label."""
+    return x * (1 + scale) + shift
+
+
 class Block(nn.Module):
     """Attention and MLP. The label shifts, scales and gates both (adaLN-Zero, from DiT).
 
@@ -654,8 +659,9 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def attention(self, x):
-        q, k, v = [rearrange(project(x), "b n (h k) -> b h n k", h=self.heads)
-                   for project in (self.q, self.k, self.v)]                  # [B, heads, N, K] each
+        q = rearrange(self.q(x), "b n (h k) -> b h n k", h=self.heads)       # [B, heads, N, K]
+        k = rearrange(self.k(x), "b n (h k) -> b h n k", h=self.heads)
+        v = rearrange(self.v(x), "b n (h k) -> b h n k", h=self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if x.device.type == "cpu" and torch.is_grad_enabled():
             # On a CPU the fused backward pass is slower than this for short sequences.
@@ -668,8 +674,8 @@ class Block(nn.Module):
     def forward(self, x, c):
         modulation = self.modulation(c)[:, None]                             # [B, 1, 6 D]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
-        x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
         return x                                                             # [B, N, D]
 
 
@@ -729,7 +735,7 @@ class Transformer(nn.Module):
             else:
                 x = block(x, c)                                              # [B, N, D]
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)          # [B, 1, D]
-        return self.head(self.norm(x) * (1 + scale) + shift)                 # [B, N, out]
+        return self.head(modulate(self.norm(x), shift, scale))               # [B, N, out]
 
 
 class Denoiser(Transformer):
@@ -925,6 +931,17 @@ IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
+def hugging_face_file(repository, path):
+    """The path of a file of Hugging Face: in its cache, or downloaded now."""
+    import huggingface_hub as hub
+    cached = hub.try_to_load_from_cache(repository, path)
+    if isinstance(cached, str):
+        return pathlib.Path(cached)
+    # Ask for it first: without a network this fails at once, the download only after 30 seconds.
+    hub.get_hf_file_metadata(hub.hf_hub_url(repository, path))
+    return pathlib.Path(hub.hf_hub_download(repository, path))
+
+
 def find_weights(name, weights_dir=""):
     """The path of a published file: in weights_dir, in the cache of its library, or fetched now."""
     placed = pathlib.Path(weights_dir).expanduser() / name
@@ -933,8 +950,7 @@ def find_weights(name, weights_dir=""):
     source = URLS.get(name) or " ".join(HUGGING_FACE_FILES[name])
     with as_user_error(f"no {name} from {source}"):
         if name in HUGGING_FACE_FILES:
-            from huggingface_hub import hf_hub_download
-            return pathlib.Path(hf_hub_download(*HUGGING_FACE_FILES[name]))
+            return hugging_face_file(*HUGGING_FACE_FILES[name])
         cached = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / name
         if not cached.is_file():
             cached.parent.mkdir(parents=True, exist_ok=True)
@@ -1196,7 +1212,9 @@ def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large
 
 def learning_rate_at(step, steps, largest):
     """Linear warm-up over 50 updates, then constant, then linear decay over the second half."""
-    return largest * min((step + 1) / 50, 1, 2 - 2 * step / steps)
+    warm_up = (step + 1) / 50
+    decay = 2 - 2 * step / steps                             # 1 at half of the steps, then less
+    return largest * min(warm_up, 1, decay)
 
 
 def mirror(images, chosen):
@@ -1426,6 +1444,7 @@ def fit(model, losses, dataset, classes, config, folder, keep, on_save):
     the checkpoint. on_save(average) is called with every checkpoint.
     """
     device, path = next(model.parameters()).device, folder / "checkpoint.pt"
+    say(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters")
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=device.type != "mps")

@@ -99,7 +99,7 @@ def test_a_strange_checkpoint_is_named(small_run, tmp_path, capsys, command, dam
 def test_what_is_missing_is_named_with_a_command_that_works(tmp_path, monkeypatch, capsys, request):
     def no_network(*arguments, **options):
         raise OSError("no network")
-    for name in ("huggingface_hub.hf_hub_download", "torch.hub.download_url_to_file"):
+    for name in ("huggingface_hub.get_hf_file_metadata", "torch.hub.download_url_to_file"):
         monkeypatch.setattr(name, no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
