@@ -1673,26 +1673,29 @@ def feature_statistics(network, batches):
     device = next(network.parameters()).device
     features, logits = network(torch.zeros(1, 3, 64, 64, device=device))     # to know the sizes
     size, classes = features.shape[1], 0 if logits is None else logits.shape[1]
-    shapes = {"count": (), "first": (size,), "second": (size, size), "p": (classes,), "entropy": ()}
-    totals = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    n = torch.zeros((), dtype=torch.float64)                 # from here on: sums over all images
+    first = torch.zeros(size, dtype=torch.float64)
+    second = torch.zeros(size, size, dtype=torch.float64)
+    p = torch.zeros(classes, dtype=torch.float64)
+    entropy = torch.zeros((), dtype=torch.float64)
     for images in batches:
         images = (255 * images.to(device)).round() / 255     # 8 bits, as in image files
         features, logits = network(images)
         features = features.cpu().double()                                   # [B, features]
-        totals["count"] += len(features)
-        totals["first"] += features.sum(0)
-        totals["second"] += features.T @ features
+        n += len(features)
+        first += features.sum(0)
+        second += features.T @ features
         if logits is not None:
-            p = (logits - network.fc.bias).cpu().double().softmax(1)         # [B, classes]
-            totals["p"] += p.sum(0)
-            totals["entropy"] += torch.special.entr(p).sum()
-    totals = {name: sum_over_processes(total) for name, total in totals.items()}
-    n, mean = totals["count"], totals["first"] / totals["count"]
-    covariance = (totals["second"] - n * torch.outer(mean, mean)) / (n - 1)
+            p_of_image = (logits - network.fc.bias).cpu().double().softmax(1)        # [B, classes]
+            p += p_of_image.sum(0)
+            entropy += torch.special.entr(p_of_image).sum()
+    for total in (n, first, second, p, entropy):
+        sum_over_processes(total)
+    mean = first / n
+    covariance = (second - n * torch.outer(mean, mean)) / (n - 1)
     score = None
     if classes > 0:                                          # exp(H(mean p) - mean H(p))
-        entropy_of_mean = torch.special.entr(totals["p"] / n).sum()
-        score = (entropy_of_mean - totals["entropy"] / n).exp().item()
+        score = (torch.special.entr(p / n).sum() - entropy / n).exp().item()
     return mean, covariance, score
 
 
