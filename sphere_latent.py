@@ -95,7 +95,7 @@ def rank():
 
 
 def my_part(batch):
-    """This process's part of a batch, or of a list of batches."""
+    """This process's part of a batch, or of a list of batches: every world_size-th element."""
     return batch[rank()::world_size()]
 
 
@@ -104,6 +104,11 @@ def sum_over_processes(x):
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def any_process(flag):
+    """Whether the flag is true in some process. All processes have to ask at the same time."""
+    return sum_over_processes(torch.tensor(float(flag))).item() > 0
 
 
 def wait_for_all_processes():
@@ -267,9 +272,9 @@ def preset(dataset, method="sphere-latent", autoencoder=""):
     settings = dict(PRESETS.get(dataset, {}))
     is_of_paper = settings.get("autoencoder") == "dinov2-b"
     if is_of_paper and (autoencoder == "tiny" or method == "sphere-encoder"):
-        settings = dict(PHOTOS)
+        settings = dict(PHOTOS)                              # the paper's images without RAE
     if autoencoder == "dinov2-b" and not is_of_paper:
-        settings = dict(PAPER, train_steps=8000)
+        settings = dict(PAPER, train_steps=8000)             # other images with RAE
     if method == "sphere-encoder":
         settings.update(SPHERE_ENCODER)
     return Config(dataset=dataset, method=method, **settings)
@@ -341,7 +346,7 @@ def draw_flowers(labels, size, generator):
     # petals, a ring at a time, then the centre
     shade = 1 + .22 * (dx * light.cos() + dy * light.sin()) / radius
     tint = 1 + uniform(-.06, .06, 3)
-    for ring in range(2):
+    for ring in range(2):                                    # most species have only the first
         turns = (theta - turn) / (2 * math.pi) * petals + .5 * ring
         u = 2 * torch.remainder(turns, 1) - 1                # from -1 to 1 across a petal
         edge = 1 - gap * u.abs() ** roundness
@@ -371,10 +376,10 @@ class PixelImages(Dataset):
         return self.pixels[i] / 255, int(self.labels[i])
 
 
-def drawn_images(split, size, seed=0):
-    """6,000 drawn flowers to train on, or 1,200 others to test on; always the same for a seed."""
+def drawn_images(split, size):
+    """6,000 drawn flowers to train on, or 1,200 others to test on; always the same."""
     labels = torch.arange(6000 if split == "train" else 1200) % len(SPECIES)
-    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    generator = torch.Generator().manual_seed(int(split == "test"))
     drawn = []
     for some in progress(labels.split(16), "drawing flowers", leave=False):
         drawn.append((255 * draw_flowers(some, size, generator)).round().byte())
@@ -485,7 +490,8 @@ def split_by_name(images, held_out):
     """The tenth of ImageFiles that is held out, or the other nine tenths.
 
     Chosen by a hash of the file name: it hardly changes when images are added. The last image of a
-    class is never held out. Fewer than 20 images are not split: both parts are the whole set.
+    class is never held out. Fewer than 20 images are hardly ever split: where less than two could
+    be held out, both parts are the whole set.
     """
     def name_hash(pair):
         return zlib.crc32(os.fsencode(os.path.basename(pair[0])))
@@ -542,7 +548,7 @@ def cifar_images(config, root, held_out):
 
 def oxford_flowers(config, root, held_out):
     """Oxford-Flowers 102. We train on all 8,189 photographs and compare samples with all of them;
-    with TinyRAE, which learns from these alone, a tenth is held out."""
+    without RAE's encoder, all is learned from these alone, and a tenth is held out."""
     from torchvision.datasets import Flowers102
     samples = []
     for split in ("train", "val", "test"):
@@ -614,8 +620,12 @@ def make_loader(dataset, batches, device=torch.device("cpu")):
                       pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
 
-def random_images(images, count, seed):
-    """Choose at most `count` images of a data set at random. Returns [n, 3, H, W]."""
+def random_images(images, seed, numbers=10**8):
+    """Choose 2,000 images at random, or fewer large ones: they hold at most `numbers` numbers.
+
+    Returns [n, 3, H, W].
+    """
+    count = min(2000, numbers // images[0][0].numel())
     order = torch.randperm(len(images), generator=seeded_generator(seed, 0))
     return torch.stack([images[i][0] for i in order[:count].tolist()])
 
@@ -632,7 +642,7 @@ def iterate_images(images):
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2)) over the last axis, times one learned weight per channel."""
 
-    def forward(self, x):                                    # under autocast x is bfloat16
+    def forward(self, x):                                    # under autocast q, k are bfloat16
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), eps=1e-6)
 
 
@@ -664,7 +674,7 @@ class Block(nn.Module):
         v = rearrange(self.v(x), "b n (h k) -> b h n k", h=self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if x.device.type == "cpu" and torch.is_grad_enabled():
-            # On a CPU the fused backward pass is slower than this for short sequences.
+            # On a CPU the fused backward pass is slower than this for TinyRAE's short sequences.
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5           # [B, heads, N, N]
             y = scores.softmax(-1).to(v.dtype) @ v                           # [B, heads, N, K]
         else:
@@ -688,6 +698,12 @@ def sincos_positions(tokens, width):
     columns = line.repeat(side, 1)                                           # [N, D/2]
     rows = line.repeat_interleave(side, dim=0)                               # [N, D/2]
     return torch.cat([columns, rows], dim=-1)
+
+
+def unpatchify(x, p):
+    """Put tokens [B, N, p p C] of a square grid together as maps [B, C, H, W] of p x p patches."""
+    side = math.isqrt(x.shape[1])
+    return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
 
 
 class Transformer(nn.Module):
@@ -773,7 +789,7 @@ def denoiser_for(config, latent_shape, num_classes):
 # Its encoder is PCA of patches, in closed form: C numbers say how strongly a patch shows each
 # of C patterns. The patterns reach a little into the neighbouring patches, which hides the borders.
 # Each number is divided by the square root of its standard deviation. So fine patterns keep a
-# smaller variance than coarse ones, and noise hides them first. The decoder inverts the PCA; a
+# smaller variance than coarse ones, and noise hides them first. The decoder adds the patterns up; a
 # transformer, which sees all patches, and convolutions, which see across their borders, add what is
 # missing.
 #     P numbers in a patch   M feature maps
@@ -836,8 +852,8 @@ class PatchPCA(nn.Module):
         variances, patterns = torch.linalg.eigh(torch.cov(patches.T))        # ascending
         variances = variances.flip(0)[:self.channels].clamp(min=1e-8)        # [C]
         patterns = patterns.flip(1)[:, :self.channels]                       # [P, C]
-        scale = variances.sqrt().sqrt()                      # the root of the standard deviation
-        scale = scale * (variances / scale ** 2).mean().sqrt()               # mean variance 1
+        root = variances.sqrt().sqrt()                       # of the standard deviation
+        scale = root * (variances / root ** 2).mean().sqrt()                 # mean variance 1
         self.analysis.copy_(patterns / scale)
         self.synthesis.copy_((patterns * scale).T)
 
@@ -845,10 +861,8 @@ class PatchPCA(nn.Module):
         return self.patches(images) @ self.analysis                          # [B, N, C]
 
     def decode(self, z):
-        patches = z @ self.synthesis                                         # [B, N, P]
-        side, p = math.isqrt(z.shape[1]), self.patch_size
-        images = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
-        return self.rotate(images, -self.angle) + self.mean                  # [B, 3, H, W]
+        rotated = unpatchify(z @ self.synthesis, self.patch_size)            # [B, 3, H, W]
+        return self.rotate(rotated, -self.angle) + self.mean
 
 
 class PixelDecoder(nn.Module):
@@ -871,9 +885,7 @@ class PixelDecoder(nn.Module):
         self.to(memory_format=torch.channels_last)           # the faster layout on a CPU
 
     def forward(self, z, image, labels=None):
-        side, p = math.isqrt(z.shape[1]), self.half_patch
-        maps = rearrange(self.transformer(z, labels), "b (h w) (p q m) -> b m (h p) (w q)",
-                         h=side, p=p, q=p)                                   # [B, M, H/2, W/2]
+        maps = unpatchify(self.transformer(z, labels), self.half_patch)      # [B, M, H/2, W/2]
         pixels = F.pixel_unshuffle(image - 0.5, 2)                           # [B, 12, H/2, W/2]
         x = torch.cat([maps, pixels], dim=1).contiguous(memory_format=torch.channels_last)
         x = self.conv_in(x)                                                  # [B, hidden, H/2, W/2]
@@ -1015,9 +1027,8 @@ class RAEDecoder(nn.Module):
         for layer in self.decoder_layers:
             x = layer(x)
         patches = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()     # [B, N, 3 p p]
-        side, p = math.isqrt(z.shape[1]), self.patch_size
-        images = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
-        return images * IMAGENET_STD.to(images) + IMAGENET_MEAN.to(images)   # [B, 3, H, W]
+        images = unpatchify(patches, self.patch_size)                        # [B, 3, H, W]
+        return images * IMAGENET_STD.to(images) + IMAGENET_MEAN.to(images)
 
 
 class RAE(nn.Module):
@@ -1135,7 +1146,7 @@ def sample_angles(batch, config, generator=None):
         alpha_large = largest * torch.sigmoid(logit)
     elif config.noise_distribution == "uniform":
         alpha_large = largest * torch.rand(batch, generator=generator, device=device)
-    else:
+    else:                                                    # uniform-tangent
         within_interval = torch.rand(batch, generator=generator, device=device)
         r = (torch.arange(batch, device=device) + within_interval) / batch
         alpha_large = torch.atan(r * math.tan(largest))
@@ -1190,7 +1201,7 @@ def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large
     """
     v_small = noisy_spherify(v, e, alpha_small)                              # [B, N, C]
     v_large = noisy_spherify(v, e, alpha_large)                              # [B, N, C]
-    both = decode(torch.cat([v_small, v_large]), labels.repeat(2))
+    both = decode(torch.cat([v_small, v_large]), labels.repeat(2))           # latents or images
     z_hat_small, z_hat_large = both.chunk(2)
     losses = {
         "reconstruction": reconstruction_loss(z_hat_small, target),
@@ -1223,14 +1234,14 @@ def mirror(images, chosen):
 
 
 def fit_tiny_rae(autoencoder, images, config):
-    """Compute the encoder of a TinyRAE from 2,000 images, train its decoder, freeze both.
+    """Compute the encoder of a TinyRAE from some images, train its decoder, freeze both.
 
     The decoder sees noisy latents, because the denoiser's estimates will not be perfect either. Its
     loss is the squared error of the pixels and of the differences between neighbouring pixels. The
     constants (rate, noise, weight 3, clipping) were found by trying on the drawn flowers.
     """
     device, steps = autoencoder.latent_mean.device, config.autoencoder_steps
-    autoencoder.pca.fit(random_images(images, 2000, config.seed).to(device))
+    autoencoder.pca.fit(random_images(images, config.seed).to(device))
     weights = list(autoencoder.decoder.parameters())
     optimizer = torch.optim.Adam(weights, betas=(0.9, 0.95))
     batches = random_index_batches(len(images), config, 0, steps)
@@ -1275,7 +1286,7 @@ def write_latents(autoencoder, images, path, shape):
     batches = index_batches(len(images))
     loader = make_loader(images, batches, device)
     for indices, (x, _) in zip(batches, progress(loader, "encoding", total=len(batches))):
-        for view in latents:                                 # the images, then their mirror images
+        for view in latents:                                 # 0: as they are, 1: mirrored
             with autocast(device):
                 z = autoencoder.encode(x.to(device))                         # [B, N, C]
             view[indices] = z.half().cpu()
@@ -1295,9 +1306,12 @@ def encode_images(autoencoder, images, config, folder):
     views = 1 + config.flips
     shape = (views, len(images), *autoencoder.latent_shape)
     path, size = folder / "latents.bin", 2 * math.prod(shape)                # bytes
+    if rank() == 0:
+        path.with_name("latents.bin.part").unlink(missing_ok=True)           # was interrupted
+    wait_for_all_processes()
     is_there = path.exists() and path.stat().st_size == size
     has_room = is_there or size < 0.9 * shutil.disk_usage(folder).free
-    if sum_over_processes(torch.tensor(float(has_room))) < world_size():     # some process has none
+    if any_process(not has_room):
         say(f"no room in {folder} for {size / 1e9:.1f} GB of latents: the autoencoder will run in "
             "every update, which is slower")
         return images
@@ -1310,13 +1324,13 @@ def encode_images(autoencoder, images, config, folder):
 class Objective(nn.Module):
     """Maps a batch to its losses. A module, because DistributedDataParallel wraps only modules."""
 
-    def __init__(self, model, losses):
+    def __init__(self, model, loss_function):
         super().__init__()
         self.model = model                                   # so that its parameters are found
-        self.losses = losses
+        self.loss_function = loss_function
 
     def forward(self, *batch):
-        return self.losses(*batch)
+        return self.loss_function(*batch)
 
 
 def update(model, objective, optimizer, x, labels, config, step):
@@ -1332,15 +1346,14 @@ def update(model, objective, optimizer, x, labels, config, step):
     e = torch.randn(config.batch_size, *model.latent_shape, generator=generator, device=device)
     if x.dim() == 4 and config.flips:                        # images; latents include mirror images
         x = mirror(x, my_part(is_mirrored))
-    labels = labels.masked_fill(my_part(is_dropped), model.num_classes)
+    labels = labels.masked_fill(my_part(is_dropped), model.num_classes)      # for guidance
     batch = (x, labels, my_part(e), my_part(alpha_small), my_part(alpha_large))
 
     optimizer.zero_grad()
     totals = []
     chunks = [tensor.chunk(config.accumulate) for tensor in batch]
     for i, micro_batch in enumerate(zip(*chunks), 1):
-        if world_size() > 1:                                 # processes exchange gradients once
-            objective.require_backward_grad_sync = i == config.accumulate
+        objective.require_backward_grad_sync = i == config.accumulate        # for torchrun's DDP
         with autocast(device):
             losses = objective(*micro_batch)
         (losses["total"] / config.accumulate).backward()
@@ -1348,7 +1361,7 @@ def update(model, objective, optimizer, x, labels, config, step):
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     means = torch.stack(totals).mean(0)
-    return {**dict(zip(losses, means)), "gradient_norm": norm.detach()}
+    return {**dict(zip(losses.keys(), means)), "gradient_norm": norm.detach()}
 
 
 @torch.no_grad()
@@ -1383,11 +1396,11 @@ class StopRequest:
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
 
-    def any_process_received(self, step):
+    def any_process_received(self, done):
         """Several processes ask each other at every tenth update."""
-        if world_size() > 1 and step % 10 != 9:
+        if world_size() > 1 and done % 10 != 0:
             return False
-        return sum_over_processes(torch.tensor(float(self.received))).item() > 0
+        return any_process(self.received)
 
 
 def save_checkpoint(path, state):
@@ -1437,11 +1450,11 @@ def restore(parts, classes, path):
     return state["step"], state["log"]
 
 
-def fit(model, losses, dataset, classes, config, folder, keep, on_save):
+def fit(model, loss_function, dataset, classes, config, folder, keep, on_save):
     """The training loop. Goes on from folder/checkpoint.pt if that exists; returns the EMA model.
 
-    losses(x, labels, e, alpha_small, alpha_large): a dict with "total". keep: further entries of
-    the checkpoint. on_save(average) is called with every checkpoint.
+    loss_function(x, labels, e, alpha_small, alpha_large) returns a dict with "total". keep: further
+    entries of the checkpoint. on_save(average, log) is called with every checkpoint.
     """
     device, path = next(model.parameters()).device, folder / "checkpoint.pt"
     say(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -1453,24 +1466,25 @@ def fit(model, losses, dataset, classes, config, folder, keep, on_save):
     began = time.time()
     if log:
         began -= log[-1]["seconds"]                          # those of the run so far
-    objective = Objective(model, losses)
+    objective = Objective(model, loss_function)
     if world_size() > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
     batches = map(my_part, random_index_batches(len(dataset), config, first_step,
                                                 config.train_steps))
     bar = progress(make_loader(dataset, batches, device), config.method, initial=first_step,
                    total=config.train_steps)
-    recent = []
+    recent, done = [], first_step
     with StopRequest() as stop:
         for step, (x, labels) in enumerate(bar, first_step):
             rate = learning_rate_at(step, config.train_steps, config.learning_rate)
             optimizer.param_groups[0]["lr"] = rate
             x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             recent.append(update(model, objective, optimizer, x, labels, config, step))
-            early_decay = (2 + step) / (11 + step)           # forgets the random start sooner
+            done = step + 1
+            early_decay = (1 + done) / (10 + done)           # forgets the random start sooner
             update_average(average, model, min(config.ema_decay, early_decay))
 
-            done, stopping = step + 1, stop.any_process_received(step)
+            stopping = stop.any_process_received(done)
             saving = stopping or done % config.save_every == 0 or done == config.train_steps
             if saving or done % 10 == 0:
                 means = mean_losses(recent)
@@ -1487,11 +1501,15 @@ def fit(model, losses, dataset, classes, config, folder, keep, on_save):
                                            "classes": list(classes), "config": vars(config)})
                     write_table(folder / "log.csv", log)
                 wait_for_all_processes()                     # until the checkpoint is written
-                on_save(average)
+                on_save(average, log)
             if stopping:
-                raise KeyboardInterrupt(
-                    f"stopped after update {done} of {config.train_steps}; go on with: "
-                    f"python sphere_latent.py train --resume {shlex.quote(str(folder))}")
+                break
+        if any_process(stop.received):                       # perhaps during the last pictures
+            raise KeyboardInterrupt(
+                f"stopped after update {done} of {config.train_steps}; go on with: "
+                f"python sphere_latent.py train --resume {shlex.quote(str(folder))}")
+    if first_step == config.train_steps:                     # was trained; were the pictures drawn?
+        on_save(average, log)
     return average
 
 
@@ -1558,7 +1576,7 @@ def sample_batches(denoiser, autoencoder, labels, config, steps):
         noise = seeded_noise(indices, denoiser.latent_shape, config.seed, steps).to(device)
         y = labels[indices].to(device)
         with autocast(device):
-            if config.method == "sphere-encoder":            # section 10: all steps have one noise
+            if config.method == "sphere-encoder":            # the denoiser is that of section 10
                 images = denoiser.sample(y, steps, config.cfg_scale, largest_tilt, noise[0])
             else:
                 z = sample(denoiser, y, steps, config.cfg_scale, largest_tilt, share_noise(noise))
@@ -1715,9 +1733,9 @@ def evaluate_run(name, run, network, held_out, reference, unit):
     """Yield the rows of the table for one run: rebuilt held-out images, then samples at 1, 2, 4
     and 6 steps. The distance to `reference` is divided by unit."""
     config, autoencoder, denoiser = run
-    models = {autoencoder, denoiser}                         # one model in Sphere Encoder
+    models = {autoencoder, denoiser}                         # a set: Sphere Encoder is both
     parameters = sum(p.numel() for model in models for p in model.parameters())
-    decibels = torch.zeros(1, dtype=torch.float64)
+    decibels = torch.zeros(1, dtype=torch.float64)           # the sum over rebuilt_images
 
     def rebuilt_images():
         for x in iterate_images(held_out):
@@ -1798,14 +1816,15 @@ class SphereEncoder(nn.Module):
 
     def __init__(self, config, num_classes):
         super().__init__()
-        sizes = (*MODEL_SIZES[config.model_size], num_classes)
+        width, depth, heads = MODEL_SIZES[config.model_size]
+        sizes = {"width": width, "depth": depth, "heads": heads, "num_classes": num_classes,
+                 "checkpoint_blocks": config.checkpoint_blocks}
         tokens, channels = (config.image_size // config.patch_size) ** 2, config.latent_channels
         self.latent_shape = (tokens, channels)
         self.num_classes = num_classes
         self.pca = PatchPCA(config.image_size, config.patch_size, channels)
-        self.encoder = Transformer(tokens, channels, channels, *sizes, config.checkpoint_blocks)
-        self.decoder = PixelDecoder(tokens, channels, config.patch_size, *sizes,
-                                    config.checkpoint_blocks)
+        self.encoder = Transformer(tokens, channels, channels, **sizes)
+        self.decoder = PixelDecoder(tokens, channels, config.patch_size, **sizes)
 
     def encode(self, images, labels=None):
         """Return f(E(images)): points on the sphere [B, N, C] for images [B, 3, H, W]."""
@@ -1874,7 +1893,7 @@ def picture(path, rows, row_names, column_names=()):
         return
     from matplotlib.figure import Figure
     side, columns = rows[0].shape[-1], len(rows[0])
-    most = 30_000 // max(columns, len(rows))                 # no side over 30,000 pixels
+    most = 30_000 // max(columns, len(rows))                 # no large picture over 30,000 pixels
     pixels_of_an_image = max(128, min(side, most))
     figure = Figure((columns, len(rows)), dpi=pixels_of_an_image)            # an inch for each
     axes = figure.add_axes((0, 0, 1, 1))
@@ -1903,13 +1922,15 @@ def reconstruction_figure(autoencoder, images, path):
     """Held-out images, and below them the same images encoded and decoded."""
     count = min(12, len(images))
     some = [images[i * len(images) // count][0] for i in range(count)]
-    x = torch.stack(some)                                                    # [12, 3, H, W]
+    x = torch.stack(some)                                                    # [count, 3, H, W]
     y, psnr = rebuild(autoencoder, x)
     picture(path, [x, y], ["image", f"rebuilt, {psnr.mean():.1f} dB"])
 
 
 def loss_figure(log, path):
     """The three losses, unweighted, against the number of updates."""
+    if rank() > 0:
+        return
     from matplotlib.figure import Figure
     figure = Figure((6, 3.5), dpi=128)
     axes = figure.subplots()
@@ -1982,7 +2003,8 @@ def prepare_folder(config, resume, overwrite):
 def load_run(path, device="cpu", **changes):
     """Load config, autoencoder and denoiser (averaged weights, eval mode) of a run or checkpoint.
 
-    changes: fields of config to replace. denoiser.classes has the names of the classes.
+    changes: fields of config to replace. denoiser.classes has the names of the classes. In a run of
+    Sphere Encoder one model is both autoencoder and denoiser.
     """
     state = read_checkpoint(path)
     config = dataclasses.replace(state["config"], device=str(device), **changes)
@@ -2026,7 +2048,7 @@ def fit_denoiser(config, autoencoder, images, folder):
     denoiser.to(next(autoencoder.parameters()).device)
     network = torch.compile(denoiser) if config.compile else denoiser
 
-    def losses(x, labels, e, alpha_small, alpha_large):
+    def loss_function(x, labels, e, alpha_small, alpha_large):
         if x.dim() == 4:                                     # there was no room for the latents
             with torch.no_grad():
                 x = autoencoder.encode(x)
@@ -2034,20 +2056,21 @@ def fit_denoiser(config, autoencoder, images, folder):
         return sphere_losses(network, spherify, spherify(z), z, labels, e, alpha_small, alpha_large,
                              config)
 
-    def draw_samples(average):
+    def draw(average, log):
         sample_figure(average, autoencoder, images.classes, config, folder / "samples.png")
+        loss_figure(log, folder / "loss.png")
 
     keep = {"autoencoder": {}}                               # the published one is not copied
     if isinstance(autoencoder, TinyRAE):
         keep["autoencoder"] = autoencoder.state_dict()
-    return fit(denoiser, losses, latents, images.classes, config, folder, keep, draw_samples)
+    return fit(denoiser, loss_function, latents, images.classes, config, folder, keep, draw)
 
 
 def fit_sphere_encoder(config, images, folder, device):
     """Train a SphereEncoder on the images. Returns it with averaged weights."""
     torch.manual_seed(config.seed)
     model = SphereEncoder(config, len(images.classes))
-    model.pca.fit(random_images(images, 2000, config.seed))
+    model.pca.fit(random_images(images, config.seed))
     model.to(device)
     perceptual = None
     if config.dataset != "drawn":                            # drawings are learned offline
@@ -2055,14 +2078,17 @@ def fit_sphere_encoder(config, images, folder, device):
             perceptual = PerceptualDistance(find_weights(VGG, config.weights_dir)).to(device)
         except UserError as error:
             say(f"training without the perceptual distance: {error}")
+        if any_process(perceptual is None):                  # all processes have the same loss
+            perceptual = None
 
-    def losses(*batch):
+    def loss_function(*batch):
         return model.losses(*batch, config, perceptual)
 
-    def draw_samples(average):
+    def draw(average, log):
         sample_figure(average, average, images.classes, config, folder / "samples.png")
+        loss_figure(log, folder / "loss.png")
 
-    return fit(model, losses, images, images.classes, config, folder, {}, draw_samples)
+    return fit(model, loss_function, images, images.classes, config, folder, {}, draw)
 
 
 def train(config, resume=False, overwrite=False):
@@ -2096,14 +2122,12 @@ def train(config, resume=False, overwrite=False):
     else:
         autoencoder = frozen_autoencoder(config, images, folder, device)
         denoiser = fit_denoiser(config, autoencoder, images, folder)
-    if rank() == 0:
-        (folder / "autoencoder.pt").unlink(missing_ok=True)  # checkpoint.pt holds it as well
-        (folder / "latents.bin").unlink(missing_ok=True)
-        loss_figure(read_checkpoint(folder)["log"], folder / "loss.png")
     reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
     rows = evaluate({folder.name: (config, autoencoder, denoiser)})
     if rank() == 0:
         write_table(folder / "evaluation.csv", rows)
+        (folder / "autoencoder.pt").unlink(missing_ok=True)  # checkpoint.pt holds it as well
+        (folder / "latents.bin").unlink(missing_ok=True)
     return folder
 
 
@@ -2141,7 +2165,10 @@ def resumed_config(folder, given):
 
 
 def train_command(given):
-    """Train a model; write its checkpoint, pictures and distances to a run folder."""
+    """Train a model; write its checkpoint, pictures and distances to a run folder.
+
+    The defaults below are those of the drawn flowers. Other data sets have their own: PRESETS.
+    """
     resume = given.pop("resume", None)
     if resume is not None:
         config = resumed_config(resume, given)
@@ -2188,7 +2215,7 @@ def sample_command(given):
     config, autoencoder, denoiser = open_run(path, given)
     out.parent.mkdir(parents=True, exist_ok=True)
     classes = denoiser.classes
-    chosen = sorted(set(balanced_labels(12, len(classes)).tolist()))         # at most twelve
+    chosen = sorted(set(balanced_labels(12, len(classes)).tolist()))         # twelve, evenly spread
     if words is not None:
         chosen = [class_number(word, classes) for word in words]
     if not 1 <= count * len(chosen) <= 500:
@@ -2220,7 +2247,7 @@ def build_parser():
              evaluate_command: ["eval_samples", "data_dir", *sampling]}
     for function, names in flags.items():
         command = commands.add_parser(
-            function.__name__.removesuffix("_command"), help=function.__doc__,
+            function.__name__.removesuffix("_command"), help=function.__doc__.split("\n")[0],
             description=function.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False)
         command.set_defaults(function=function)
         for name in names:
@@ -2253,10 +2280,12 @@ def main(argv=None):
         # gloo for tensors on the CPU (sums of losses, flags), nccl for gradients on GPUs
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backends, timeout=datetime.timedelta(days=1))
-    code = 2
+    code = 2                                                 # of all errors but Ctrl-C
     try:
         given = vars(build_parser().parse_args(argv))
         given.pop("function")(given)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     except SystemExit as leaving:                            # argparse, after --help
         return leaving.code or 0

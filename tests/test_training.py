@@ -1,5 +1,4 @@
 """Training: a run that is stopped, wherever it may be, goes on as if nothing had happened."""
-import math
 import os
 import shutil
 import signal
@@ -32,7 +31,6 @@ def assert_same_weights(a, b, tolerance=0.0):                # bit for bit, if n
 def at_update(number, action, monkeypatch):
     """Let action(losses) replace the losses of update `number`, counted from 1, and later ones."""
     original, calls = sl.sphere_losses, []
-
     def losses(*arguments):
         calls.append(arguments)
         computed = original(*arguments)
@@ -58,6 +56,12 @@ def test_resuming_changes_no_weight(small_run, tmp_path, monkeypatch, capsys, nu
     assert step == 0 or saved(tmp_path)["step"] == step      # at 0 only the autoencoder is saved
     assert sl.main(["train", "--resume", str(tmp_path), "--device", "cpu"]) == 0
     assert_same_weights(tmp_path, small_run)
+
+
+def test_ctrl_c_while_the_last_pictures_are_drawn(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sl, "sample_figure", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert train(tmp_path, "--save-every", "500") == 130 and saved(tmp_path)["step"] == 6
+    assert (tmp_path / "latents.bin").exists()               # nothing has to be encoded again
 
 
 def test_a_finished_run_can_be_trained_longer(small_run, tmp_path, monkeypatch):
@@ -92,10 +96,7 @@ def test_a_batch_in_parts_gives_the_same_gradients_and_weights(small_run, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
-    def spoil(losses):
-        return {name: loss * math.nan for name, loss in losses.items()}
-
-    at_update(6, spoil, monkeypatch)
+    at_update(6, lambda losses: {name: loss * torch.nan for name, loss in losses.items()}, monkeypatch)
     assert train(tmp_path) == 2
     assert "not finite" in capsys.readouterr().err.splitlines()[-1]
     assert saved(tmp_path)["step"] == 3                      # the last good one
@@ -105,7 +106,6 @@ def test_a_checkpoint_is_whole_at_every_moment(tmp_path, monkeypatch):
     def fail_halfway(state, target):
         target.write_bytes(b"half")
         raise RuntimeError("file write failed")              # what torch says of a full disk
-
     path = tmp_path / "checkpoint.pt"
     sl.save_checkpoint(path, {"step": 3})
     with open(path, "rb") as reader:                         # has the old file open, reads it late
