@@ -1338,7 +1338,8 @@ def update(model, objective, optimizer, x, labels, config, step):
 
     All that is random is drawn for the whole batch: any number of processes gives the same result.
     """
-    device = labels.device
+    device = next(model.parameters()).device
+    x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     generator = seeded_generator(config.seed, step, device)
     is_mirrored = torch.rand(config.batch_size, generator=generator, device=device) < 0.5
     is_dropped = torch.rand(config.batch_size, generator=generator, device=device) < LABEL_DROPOUT
@@ -1478,7 +1479,6 @@ def fit(model, loss_function, dataset, classes, config, folder, keep, on_save):
         for step, (x, labels) in enumerate(bar, first_step):
             rate = learning_rate_at(step, config.train_steps, config.learning_rate)
             optimizer.param_groups[0]["lr"] = rate
-            x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             recent.append(update(model, objective, optimizer, x, labels, config, step))
             done = step + 1
             early_decay = (1 + done) / (10 + done)           # forgets the random start sooner
