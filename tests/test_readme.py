@@ -28,8 +28,7 @@ def test_every_command_runs(command, small_run, tmp_path, monkeypatch, capsys):
     """As printed, but smaller. The paper's data sets are not fetched: its settings are read."""
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / "PHOTOS", *[f"{name}/{i}.png" for name in "abc" for i in range(14)])
-    words = shlex.split(command)[2:]
-    words = [str(small_run) if word.startswith("runs/") else word for word in words]
+    words = [str(small_run) if w.startswith("runs/") else w for w in shlex.split(command)[2:]]
     if {"flowers", "animal-faces", "imagenet"} & set(words) and "tiny" not in words:
         configs = []
         monkeypatch.setattr(sl, "train", lambda config, **_: configs.append(config) or tmp_path)

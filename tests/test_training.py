@@ -96,7 +96,7 @@ def test_a_batch_in_parts_gives_the_same_gradients_and_weights(small_run, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
-    at_update(6, lambda losses: {name: loss * torch.nan for name, loss in losses.items()}, monkeypatch)
+    at_update(6, lambda losses: {name: x * torch.nan for name, x in losses.items()}, monkeypatch)
     assert train(tmp_path) == 2
     assert "not finite" in capsys.readouterr().err.splitlines()[-1]
     assert saved(tmp_path)["step"] == 3                      # the last good one

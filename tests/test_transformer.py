@@ -25,6 +25,7 @@ def test_a_new_transformer_is_the_zero_function_and_its_blocks_the_identity():
     model, x = sl.Transformer(16, 8, 5, 64, 2, 2, num_classes=3), torch.randn(2, 16, 64)
     assert torch.equal(model(torch.randn(2, 16, 8), torch.tensor([0, 3])), torch.zeros(2, 16, 5))
     assert torch.equal(model.blocks[0](x, torch.randn(2, 64)), x)
+    assert sl.modulate(3, shift=1, scale=0.5) == 5.5         # 3 (1 + 0.5) + 1
 
 
 def test_every_label_gives_another_output_and_none_that_of_the_null_label():
