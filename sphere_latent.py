@@ -490,8 +490,8 @@ def split_by_name(images, held_out):
     """The tenth of ImageFiles that is held out, or the other nine tenths.
 
     Chosen by a hash of the file name: it hardly changes when images are added. The last image of a
-    class is never held out. Fewer than 20 images are hardly ever split: where less than two could
-    be held out, both parts are the whole set.
+    class is never held out. If that leaves fewer than two held-out images, as it does for fewer
+    than 20 in all, both parts are the whole set.
     """
     def name_hash(pair):
         return zlib.crc32(os.fsencode(os.path.basename(pair[0])))
@@ -620,12 +620,10 @@ def make_loader(dataset, batches, device=torch.device("cpu")):
                       pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
 
-def random_images(images, seed, numbers=10**8):
-    """Choose 2,000 images at random, or fewer large ones: they hold at most `numbers` numbers.
-
-    Returns [n, 3, H, W].
-    """
-    count = min(2000, numbers // images[0][0].numel())
+def random_images(images, seed):
+    """Choose images for PCA at random: 2,000, or fewer if they are large. Returns [n, 3, H, W]."""
+    count = min(2000, 10**8 // images[0][0].numel())         # 10^8 float32 numbers are 0.4 GB
+    count = max(20, count)
     order = torch.randperm(len(images), generator=seeded_generator(seed, 0))
     return torch.stack([images[i][0] for i in order[:count].tolist()])
 
@@ -944,14 +942,14 @@ IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 def hugging_face_file(repository, path):
-    """The path of a file of Hugging Face: in its cache, or downloaded now."""
-    import huggingface_hub as hub
-    cached = hub.try_to_load_from_cache(repository, path)
+    """The path of a file on Hugging Face: in the library's cache, or downloaded now."""
+    import huggingface_hub
+    cached = huggingface_hub.try_to_load_from_cache(repository, path)
     if isinstance(cached, str):
         return pathlib.Path(cached)
-    # Ask for it first: without a network this fails at once, the download only after 30 seconds.
-    hub.get_hf_file_metadata(hub.hf_hub_url(repository, path))
-    return pathlib.Path(hub.hf_hub_download(repository, path))
+    # Without a network this request fails at once; the download would retry for 30 seconds.
+    huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, path))
+    return pathlib.Path(huggingface_hub.hf_hub_download(repository, path))
 
 
 def find_weights(name, weights_dir=""):
@@ -1307,7 +1305,7 @@ def encode_images(autoencoder, images, config, folder):
     shape = (views, len(images), *autoencoder.latent_shape)
     path, size = folder / "latents.bin", 2 * math.prod(shape)                # bytes
     if rank() == 0:
-        path.with_name("latents.bin.part").unlink(missing_ok=True)           # was interrupted
+        path.with_name("latents.bin.part").unlink(missing_ok=True)           # of an interruption
     wait_for_all_processes()
     is_there = path.exists() and path.stat().st_size == size
     has_room = is_there or size < 0.9 * shutil.disk_usage(folder).free
@@ -1354,7 +1352,8 @@ def update(model, objective, optimizer, x, labels, config, step):
     totals = []
     chunks = [tensor.chunk(config.accumulate) for tensor in batch]
     for i, micro_batch in enumerate(zip(*chunks), 1):
-        objective.require_backward_grad_sync = i == config.accumulate        # for torchrun's DDP
+        # DistributedDataParallel exchanges gradients where this is true: in the last part alone
+        objective.require_backward_grad_sync = i == config.accumulate
         with autocast(device):
             losses = objective(*micro_batch)
         (losses["total"] / config.accumulate).backward()
@@ -1508,7 +1507,7 @@ def fit(model, loss_function, dataset, classes, config, folder, keep, on_save):
             raise KeyboardInterrupt(
                 f"stopped after update {done} of {config.train_steps}; go on with: "
                 f"python sphere_latent.py train --resume {shlex.quote(str(folder))}")
-    if first_step == config.train_steps:                     # was trained; were the pictures drawn?
+    if first_step == config.train_steps:                     # perhaps stopped before the pictures
         on_save(average, log)
     return average
 
@@ -1691,7 +1690,7 @@ def feature_statistics(network, batches):
     device = next(network.parameters()).device
     features, logits = network(torch.zeros(1, 3, 64, 64, device=device))     # to know the sizes
     size, classes = features.shape[1], 0 if logits is None else logits.shape[1]
-    n = torch.zeros((), dtype=torch.float64)                 # from here on: sums over all images
+    n = torch.zeros((), dtype=torch.float64)                 # these five: sums over the images
     first = torch.zeros(size, dtype=torch.float64)
     second = torch.zeros(size, size, dtype=torch.float64)
     p = torch.zeros(classes, dtype=torch.float64)
@@ -1735,7 +1734,7 @@ def evaluate_run(name, run, network, held_out, reference, unit):
     config, autoencoder, denoiser = run
     models = {autoencoder, denoiser}                         # a set: Sphere Encoder is both
     parameters = sum(p.numel() for model in models for p in model.parameters())
-    decibels = torch.zeros(1, dtype=torch.float64)           # the sum over rebuilt_images
+    decibels = torch.zeros(1, dtype=torch.float64)           # rebuilt_images adds to it
 
     def rebuilt_images():
         for x in iterate_images(held_out):
@@ -1893,8 +1892,8 @@ def picture(path, rows, row_names, column_names=()):
         return
     from matplotlib.figure import Figure
     side, columns = rows[0].shape[-1], len(rows[0])
-    most = 30_000 // max(columns, len(rows))                 # no large picture over 30,000 pixels
-    pixels_of_an_image = max(128, min(side, most))
+    most = 30_000 // max(columns, len(rows))                 # at most 30,000 pixels a side
+    pixels_of_an_image = max(128, min(side, most))           # but 128 for an image in any case
     figure = Figure((columns, len(rows)), dpi=pixels_of_an_image)            # an inch for each
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c").numpy(), aspect="auto")
@@ -2074,12 +2073,14 @@ def fit_sphere_encoder(config, images, folder, device):
     model.to(device)
     perceptual = None
     if config.dataset != "drawn":                            # drawings are learned offline
+        problem = "another process lacks its weights"
         try:
             perceptual = PerceptualDistance(find_weights(VGG, config.weights_dir)).to(device)
         except UserError as error:
-            say(f"training without the perceptual distance: {error}")
-        if any_process(perceptual is None):                  # all processes have the same loss
+            problem = error
+        if any_process(perceptual is None):                  # all processes need the same loss
             perceptual = None
+            say(f"training without the perceptual distance: {problem}")
 
     def loss_function(*batch):
         return model.losses(*batch, config, perceptual)
@@ -2167,7 +2168,7 @@ def resumed_config(folder, given):
 def train_command(given):
     """Train a model; write its checkpoint, pictures and distances to a run folder.
 
-    The defaults below are those of the drawn flowers. Other data sets have their own: PRESETS.
+    The defaults below are those of the drawn flowers. Other data sets have their own; see PRESETS.
     """
     resume = given.pop("resume", None)
     if resume is not None:
