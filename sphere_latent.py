@@ -458,6 +458,34 @@ def read_images(files):
     return PixelImages(pixels, files.labels[is_read], files.classes)
 
 
+def list_folder(folder):
+    """Return the sorted names of a folder's subfolders and of its images, without hidden ones."""
+    _, subfolders, files = next(os.walk(folder), (folder, [], []))
+    subfolders = [name for name in subfolders if not name.startswith(HIDDEN)]
+    images = [name for name in files
+              if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(HIDDEN)]
+    return sorted(subfolders), sorted(images)
+
+
+def enter_single_folders(root):
+    """Go down while a folder holds only one folder, and that one only folders.
+
+    Archives often unpack like this: photos/photos/daisy, or train without val.
+    """
+    visited = set()                                          # a link may lead back up
+    while os.path.realpath(root) not in visited:
+        visited.add(os.path.realpath(root))
+        subfolders, images = list_folder(root)
+        if images or len(subfolders) != 1:
+            break
+        inner = os.path.join(root, subfolders[0])
+        inner_subfolders, inner_images = list_folder(inner)
+        if inner_images or not inner_subfolders:             # it is the only class
+            break
+        root = inner
+    return root
+
+
 def find_image_files(root):
     """Find all images below a folder. Returns {class name: sorted paths}; a class may be empty.
 
@@ -466,23 +494,22 @@ def find_image_files(root):
     folders are left out.
     """
     found = {}
-    visited = set()                                          # a link may lead back up
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real_folder = os.path.realpath(folder)
-        is_run_folder = "checkpoint.pt" in files
-        if is_run_folder or real_folder in visited:
-            subfolders.clear()                               # os.walk does not go into them
+    visited = set()
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop(0)
+        is_run_folder = os.path.exists(os.path.join(folder, "checkpoint.pt"))
+        if is_run_folder or os.path.realpath(folder) in visited:
             continue
-        visited.add(real_folder)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(HIDDEN))
+        visited.add(os.path.realpath(folder))
+        subfolders, images = list_folder(folder)
+        waiting = [os.path.join(folder, name) for name in subfolders] + waiting
         name = os.path.relpath(folder, root).split(os.sep)[0]
         if name == ".":
             name = os.path.basename(root)
         name = name.encode("utf-8", "backslashreplace").decode()             # if it is not UTF-8
-        images = [os.path.join(folder, file) for file in files
-                  if file.lower().endswith(IMAGE_ENDINGS) and not file.startswith(HIDDEN)]
         if images or folder != root:
-            found.setdefault(name, []).extend(images)
+            found.setdefault(name, []).extend(os.path.join(folder, file) for file in images)
     return {name: sorted(found[name]) for name in sorted(found)}
 
 
@@ -513,7 +540,7 @@ def folder_images(config, root, held_out):
 
     If it holds the folders train and val (or test), as AFHQ and ImageNet do, these are the split.
     """
-    root = os.path.abspath(root)
+    root = enter_single_folders(os.path.abspath(root))
     splits = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
     is_split = "train" in splits and len(splits) > 1
     if not is_split and config.dataset != "folder":

@@ -33,13 +33,13 @@ def test_a_tenth_is_held_out_by_name_wherever_the_folder_lies(tmp_path):
         parts.append([[os.path.basename(path) for path, _ in images.samples]
                       for images in splits(tmp_path / place)])
     train, test = parts[0]
-    assert len(train) == 72 and len(test) == 8 and len({*train, *test}) == 80
-    assert parts[0] == parts[1]
+    assert parts[1] == [train, test] and [*map(len, (train, test, {*train, *test}))] == [72, 8, 80]
 
 
 def test_folders_train_and_val_are_the_split(tmp_path):
-    fill(tmp_path, *[f"train/{c}/{i}.png" for c in "ab" for i in range(30)])
-    train, test = splits(fill(tmp_path, *[f"val/{c}/{i}.png" for c in "ab" for i in range(2)]))
+    train, _ = splits(fill(tmp_path, *[f"x/train/{c}/{i}.png" for c in "ab" for i in range(30)]))
+    assert train.classes == ["a", "b"]                       # not one class "x" or "train"
+    train, test = splits(fill(tmp_path, *[f"x/val/{c}/{i}.png" for c in "ab" for i in range(2)]))
     assert train.classes == test.classes == ["a", "b"]
     assert train.labels.bincount().tolist() == [30, 30] and test.labels.tolist() == [0, 0, 1, 1]
 
