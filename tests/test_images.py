@@ -33,7 +33,7 @@ def test_a_tenth_is_held_out_by_name_wherever_the_folder_lies(tmp_path):
         parts.append([[os.path.basename(path) for path, _ in images.samples]
                       for images in splits(tmp_path / place)])
     train, test = parts[0]
-    assert parts[1] == [train, test] and [*map(len, (train, test, {*train, *test}))] == [72, 8, 80]
+    assert (len(train), len(test), len({*train, *test})) == (72, 8, 80) and parts[0] == parts[1]
 
 
 def test_folders_train_and_val_are_the_split(tmp_path):
