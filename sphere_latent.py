@@ -2,22 +2,26 @@
 
 The method of "Efficient Image Synthesis with Sphere Latent Encoder" (arXiv 2605.15592):
 
-  1. A frozen autoencoder turns an image into a latent z: N tokens with C channels each.
+  1. A frozen autoencoder turns an image into a latent z: N tokens with C numbers (channels) each.
   2. Spherify, f(z), divides z by its root mean square. All points v = f(z) have the same norm,
-     sqrt(N C): they lie on a sphere.
+     the square root of N C: they lie on a sphere.
   3. Noise e ~ N(0, I) tilts a point by an angle alpha: f(cos(alpha) v + sin(alpha) e). In training
-     there are two views with the same e: v_large, and v_small at a random smaller angle.
+     each latent gets two noisy points with the same e: v_large, and v_small at a smaller angle.
   4. A transformer, the denoiser, maps a noisy point to an estimate z_hat of the clean latent.
      It is trained with three losses, as we read the paper:
        reconstruction      z_hat_small should equal z
        consistency         z_hat_large should equal z_hat_small   (no gradient to z_hat_small)
        latent consistency  f(z_hat_large) should point where v points   (1 - cosine)
   5. To generate, start at a random point f(e) and denoise it. For each further step, tilt f(z_hat)
-     back into noise and denoise again. Decode the last z_hat.
+     back into noise, by a smaller angle each time, and denoise again. Decode the last z_hat.
 
-The paper's loss weights, noise parameters and tilts are unknown to us. These, and the squared error
-as the distance, are our choice or that of the predecessor, Sphere Encoder (arXiv 2602.15030), which
-is section 10 of this file. README.md lists the differences.
+The paper's loss weights, angles and optimizer are not known to us. They, and the squared error as
+the distance, are our choice or that of the predecessor, Sphere Encoder (arXiv 2602.15030).
+
+Part I    The method: 1 the sphere, 2 the denoiser, 3 the three losses, 4 a training step,
+          5 sampling. It needs nothing below it.
+Part II   What it stands on: 6 TinyRAE, 7 RAE, 8 Fréchet distance and FID, 9 Sphere Encoder.
+Part III  Runs: 10 drawn flowers, 11 image files, 12 the training loop, 13 figures, 14 commands.
 
 Commands, from the smallest to the largest:
   python sphere_latent.py train                                   drawn flowers, CPU, offline
@@ -28,43 +32,447 @@ Commands, from the smallest to the largest:
   python sphere_latent.py train --dataset flowers                 the paper's small setting, GPU
   torchrun --nproc-per-node 8 sphere_latent.py train --dataset imagenet --data-dir PATH
 
-Contents: 1 Configuration, 2 Images, 3 The transformer, 4 Frozen autoencoders, 5 The sphere,
-6 The three losses, 7 Training, 8 Sampling, 9 FID, 10 Sphere Encoder, 11 Figures, 12 Whole runs and
-the command line. The method alone is sections 3, 5, 6 and 8: about 350 lines.
-
+Symbols: z latent, v = f(z), e noise, alpha angle in radians (in degrees in Config and in commands).
 Shapes: B batch, N tokens, C latent channels, D width, H and W height and width of an image.
-Latents are [B, N, C], images [B, 3, H, W] with values in [0, 1]. Angles are in radians; in Config
-and on the command line they are in degrees.
+Latents are [B, N, C]; images are [B, 3, H, W] with values in [0, 1].
 """
-import argparse
 import contextlib
-import copy
-import csv
 import dataclasses
-import datetime
-import json
 import math
-import os
-import pathlib
-import shlex
-import shutil
-import signal
-import sys
-import threading
-import time
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+
+
+def setting(default, meaning, choices=None, low=0, high=10**9):
+    """A field of Config: default, meaning and range (or choices). Commands check the range."""
+    rules = {"meaning": meaning, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=rules)
+
+
+@dataclasses.dataclass
+class Config:
+    """All hyperparameters. Each is a flag of `train`: batch_size is --batch-size.
+
+    The defaults are those of the drawn flowers; PRESETS, in section 14, has those of other data.
+    """
+
+    method: str = setting("sphere-latent", "the paper's method, or its predecessor",
+                          ("sphere-latent", "sphere-encoder"))
+    # data
+    dataset: str = setting("drawn", "what to learn", (
+        "drawn", "folder", "cifar10", "flowers", "animal-faces", "imagenet"))
+    data_dir: str = setting("", "folder of the images, or data; alone, it implies --dataset folder")
+    image_size: int = setting(64, "height and width of the images, pixels", low=1, high=4096)
+    flips: bool = setting(True, "also learn from mirrored images")
+    # the frozen autoencoder
+    autoencoder: str = setting("tiny", "TinyRAE, or the paper's RAE", ("tiny", "dinov2-b"))
+    patch_size: int = setting(16, "tiny: height and width of a token's patch", low=2, high=64)
+    latent_channels: int = setting(64, "tiny: channels of a token", low=1)
+    autoencoder_steps: int = setting(300, "tiny: updates of its decoder", low=1)
+    # the denoiser and its losses; noise_mean was found by trying, small_ratio and
+    # latent_consistency_weight are Sphere Encoder's
+    model_size: str = setting("tiny", "width and depth", ("tiny", "S", "B", "L", "XL"))
+    noise_distribution: str = setting("logit-normal", "distribution of the large angle", (
+        "logit-normal", "uniform", "uniform-tangent"))
+    noise_mean: float = setting(1.2, "logit-normal: mean of the logit", low=-20, high=20)
+    noise_std: float = setting(1.0, "logit-normal: standard deviation of the logit", high=20)
+    max_angle: float = setting(90.0, "largest angle in training, degrees", high=90)
+    small_ratio: float = setting(0.5, "largest tan(small angle) / tan(large angle)", high=1)
+    reconstruction_weight: float = setting(1.0, "weight of loss 1")
+    consistency_weight: float = setting(1.0, "weight of loss 2")
+    latent_consistency_weight: float = setting(0.1, "weight of loss 3")
+    perceptual_weight: float = setting(0.0, "Sphere Encoder: weight of its perceptual distance")
+    # optimization; learning_rate and ema_decay were found by trying
+    train_steps: int = setting(1000, "updates of the denoiser", low=1)
+    batch_size: int = setting(32, "images in an update, over all processes", low=1, high=10**6)
+    micro_batch: int = setting(32, "images computed at once in a process, to save memory", low=1)
+    learning_rate: float = setting(5e-3, "largest learning rate of AdamW", high=100)
+    ema_decay: float = setting(0.995, "decay of the moving average of the weights", high=1)
+    precision: str = setting("auto", "of the denoiser's products; auto: bfloat16 where it is fast",
+                             ("auto", "bfloat16", "float32"))
+    compile: bool = setting(False, "use torch.compile")
+    save_every: int = setting(100, "updates between checkpoints, with sample pictures", low=1)
+    # sampling and evaluation
+    steps: int = setting(4, "calls of the denoiser for an image", low=1, high=1000)
+    cfg_scale: float = setting(1.5, "classifier-free guidance; 1 is off", high=100)
+    tilt: float = setting(90.0, "sampling: largest tilt back into noise, degrees", high=90)
+    eval_samples: int = setting(600, "samples behind a Fréchet distance", low=2, high=10**7)
+    # the run
+    seed: int = setting(0, "seed of training and sampling; drawings stay the same")
+    device: str = setting("auto", "auto (CUDA, then MPS, then CPU) or a torch device")
+    out: str = setting("", "run folder (default: runs/DATASET)")
+
+
+# ==== Part I. The method ==========================================================================
+
+# ---- 1. The sphere -------------------------------------------------------------------------------
+# A latent [N, C] is one vector of L = N C numbers; the sphere has the radius sqrt(L).
+# Why a sphere? All points have the same length, so the amount of noise is an angle and no more.
+# A random direction e is nearly orthogonal to every latent, because L is large. So the point
+# f(cos(alpha) v + sin(alpha) e) is at the angle alpha from v, to within a few degrees. At 90
+# degrees it is pure noise, f(e), which we can draw without any image: sampling starts there.
+
+def spherify(z):
+    """f(z) = z / sqrt(mean(z^2)), the mean over all but the batch axis: the norm becomes sqrt(L).
+
+    z is [B, ...]; the result is float32 of the same shape. Zero stays zero; 1e-6 under the root, as
+    in Sphere Encoder, keeps the gradient there finite.
+    """
+    return F.rms_norm(z.float(), z.shape[1:], eps=1e-6)
+
+
+def noisy_spherify(v, e, alpha):
+    """f(cos(alpha) v + sin(alpha) e): v at 0, pure noise f(e) at pi/2.
+
+    v and e are [B, ...], alpha is a number or [B], radians. Below pi/2 this equals
+    f(v + sigma e) with sigma = tan(alpha), the form of Sphere Encoder's paper.
+    """
+    alpha = torch.as_tensor(alpha, dtype=torch.float32, device=v.device)
+    alpha = alpha.view(-1, *[1] * (v.dim() - 1))             # broadcasts over [B, ...]
+    return spherify(alpha.cos() * v.float() + alpha.sin() * e.float())
+
+
+def sample_angles(batch, config, generator=None):
+    """Draw alpha_small and alpha_large, each [B], radians, on the device of the generator.
+
+    tan(alpha_small) = s tan(alpha_large), with s uniform from 0 to small_ratio: "small" means
+    smaller than its partner. (For 85 degrees and s = 0.25 it is still 71 degrees.) The paper draws
+    noise levels from a logit-normal whose parameters are unknown. In ours, alpha_large / max_angle
+    is logit-normal. "uniform-tangent" is Sphere Encoder's: one tangent in each of B intervals.
+    """
+    device = "cpu" if generator is None else generator.device
+    largest = math.radians(config.max_angle)
+    if config.noise_distribution == "logit-normal":
+        normal = torch.randn(batch, generator=generator, device=device)
+        logit = config.noise_mean + config.noise_std * normal
+        alpha_large = largest * torch.sigmoid(logit)
+    elif config.noise_distribution == "uniform":
+        alpha_large = largest * torch.rand(batch, generator=generator, device=device)
+    else:                                                    # uniform-tangent
+        within_interval = torch.rand(batch, generator=generator, device=device)
+        r = (torch.arange(batch, device=device) + within_interval) / batch
+        alpha_large = torch.atan(r * math.tan(largest))
+    s = config.small_ratio * torch.rand(batch, generator=generator, device=device)
+    # = atan(s tan(alpha_large)); at 90 degrees rounding can make the cosine negative
+    alpha_small = torch.atan2(s * alpha_large.sin(), alpha_large.cos().clamp(min=0))
+    return alpha_small, alpha_large
+
+
+# ---- 2. The denoiser -----------------------------------------------------------------------------
+#     D width   K = D / heads, the channels of a head
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2)) over the last axis, times one learned weight per channel."""
+
+    def forward(self, x):                                    # in autocast, q and k are bfloat16
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), eps=1e-6)
+
+
+def modulate(x, shift, scale):
+    """Shift and scale each channel of x [B, N, D] by values [B, 1, D] that depend on the label."""
+    return x * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Attention and MLP. The label shifts, scales and gates both (adaLN-Zero, from DiT).
+
+    RMSNorm, normalised q and k, and projections without bias are inferred: with them the paper's XL
+    has exactly its published 675,160,896 parameters.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = RMSNorm(width)
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+        self.out = nn.Linear(width, width, bias=False)
+        self.norm2 = RMSNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def attention(self, x):
+        q = rearrange(self.q(x), "b n (h k) -> b h n k", h=self.heads)       # [B, heads, N, K]
+        k = rearrange(self.k(x), "b n (h k) -> b h n k", h=self.heads)
+        value = rearrange(self.v(x), "b n (h k) -> b h n k", h=self.heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            # On a CPU the fused backward pass is slower than this for TinyRAE's short sequences.
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5           # [B, heads, N, N]
+            y = scores.softmax(-1).to(value.dtype) @ value                   # [B, heads, N, K]
+        else:
+            y = F.scaled_dot_product_attention(q, k, value)                  # [B, heads, N, K]
+        return self.out(rearrange(y, "b h n k -> b n (h k)"))                # [B, N, D]
+
+    def forward(self, x, c):
+        modulation = self.modulation(c)[:, None]                             # [B, 1, 6 D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x                                                             # [B, N, D]
+
+
+def sincos_positions(tokens, width):
+    """Return sines and cosines of the column and the row of each token of a square grid, [N, D]."""
+    side = math.isqrt(tokens)
+    frequency = 10_000 ** -(torch.arange(width // 4) / (width // 4))         # [D/4]
+    angle = torch.arange(side)[:, None] * frequency                          # [side, D/4]
+    line = torch.cat([angle.sin(), angle.cos()], dim=-1)                     # [side, D/2]
+    columns = line.repeat(side, 1)                                           # [N, D/2]
+    rows = line.repeat_interleave(side, dim=0)                               # [N, D/2]
+    return torch.cat([columns, rows], dim=-1)
+
+
+class Transformer(nn.Module):
+    """Maps tokens [B, N, in_channels] and labels [B] to tokens [B, N, out_channels].
+
+    The label num_classes is the null label, "no class"; it is used where labels is None. The
+    denoiser, the decoder of TinyRAE and both halves of Sphere Encoder are made of it.
+    """
+
+    def __init__(self, tokens, in_channels, out_channels, width, depth, heads, num_classes=0):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embed = nn.Linear(in_channels, width)
+        self.positions = nn.Parameter(sincos_positions(tokens, width), requires_grad=False)
+        self.label_embedding = nn.Embedding(num_classes + 1, width)
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
+        self.norm = RMSNorm(width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, out_channels)
+        self.initialize()
+
+    def initialize(self):
+        """As in DiT: zero modulation makes each block the identity, a zero head the output zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.label_embedding.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.modulation.weight)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x, labels=None):
+        if labels is None:
+            labels = torch.full((len(x),), self.num_classes, device=x.device)
+        c = F.silu(self.label_embedding(labels))                             # [B, D]
+        x = self.embed(x) + self.positions                                   # [B, N, D]
+        for block in self.blocks:
+            x = block(x, c)                                                  # [B, N, D]
+        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)          # [B, 1, D]
+        return self.head(modulate(self.norm(x), shift, scale))               # [B, N, out]
+
+
+class Denoiser(Transformer):
+    """Estimates clean latents, z_hat [B, N, C], from noisy points [B, N, C] and labels [B].
+
+    It is not told the noise level. On the sphere all inputs have the same norm, and their angle to
+    the data has to be read from the content. We infer this from the parameter count of the paper's
+    XL model, which leaves no room for an embedding of the noise level.
+    """
+
+    def __init__(self, latent_shape, num_classes, width, depth, heads):
+        tokens, channels = latent_shape
+        super().__init__(tokens, channels, channels, width, depth, heads, num_classes)
+        self.latent_shape = latent_shape
+
+
+MODEL_SIZES = {              # width, depth, heads
+    "tiny": (256, 6, 4),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+
+def denoiser_for(config, latent_shape, num_classes):
+    """A new Denoiser of size config.model_size for latents of shape (N, C)."""
+    width, depth, heads = MODEL_SIZES[config.model_size]
+    return Denoiser(latent_shape, num_classes, width, depth, heads)
+
+
+# ---- 3. The three losses -------------------------------------------------------------------------
+# Why do they make sharp images? (Our reading, not a claim of the paper.)
+# Loss 1 keeps the goal sharp. The best answer to a squared error is the mean of all z that fit the
+#   noisy point. At a small angle few do, so that their mean is nearly z. Near 90 degrees nearly all
+#   images fit, and their mean is a blur. That is why loss 1 never sees v_large.
+# Loss 2 escapes the mean. It does not ask which image v_large was made from, but where the denoiser
+#   goes from v_small. That goal was computed from the same e, and e is what v_large shows clearly.
+#   Input and goal share what decides the image, so that the denoiser can agree with itself on it.
+# Loss 3 ties that agreement to the data, in direction alone; loss 2 by itself would not.
+# The target is z and not v, so that the length, which f removes, is predicted as well.
+
+def reconstruction_loss(z_hat_small, target, distance=F.mse_loss):
+    """Loss 1: from little noise, return to the clean latent."""
+    return distance(z_hat_small, target)
+
+
+def consistency_loss(z_hat_large, z_hat_small, distance=F.mse_loss):
+    """Loss 2: from much noise, arrive where little noise arrived.
+
+    No gradient flows to z_hat_small, or the better estimate would be drawn to the worse one.
+    """
+    return distance(z_hat_large, z_hat_small.detach())
+
+
+def latent_consistency_loss(v_hat_large, v):
+    """Loss 3: from much noise, point where v points: 1 - cosine. No gradient to v."""
+    cosine = (spherify(v_hat_large) * spherify(v.detach())).mean()           # norms are sqrt(L)
+    return 1 - cosine
+
+
+def sphere_losses(denoiser, z, labels, e, alpha_small, alpha_large, config):
+    """The three losses for latents z [B, N, C], labels [B], noise e [B, N, C] and angles [B].
+
+    Returns a dict of the losses without their weights, and their weighted sum as "total".
+    """
+    v = spherify(z)                                                          # [B, N, C]
+    v_small = noisy_spherify(v, e, alpha_small)                              # [B, N, C]
+    v_large = noisy_spherify(v, e, alpha_large)                              # [B, N, C]
+    # one call of the denoiser for both
+    z_hat = denoiser(torch.cat([v_small, v_large]), torch.cat([labels, labels])).float()
+    z_hat_small, z_hat_large = z_hat.chunk(2)                                # [B, N, C]
+    losses = {
+        "reconstruction": reconstruction_loss(z_hat_small, z),
+        "consistency": consistency_loss(z_hat_large, z_hat_small),
+        "latent_consistency": latent_consistency_loss(z_hat_large, v),
+    }
+    losses["total"] = (config.reconstruction_weight * losses["reconstruction"]
+                       + config.consistency_weight * losses["consistency"]
+                       + config.latent_consistency_weight * losses["latent_consistency"])
+    return losses
+
+
+# ---- 4. A training step --------------------------------------------------------------------------
+
+LABEL_DROPOUT = 0.1          # share of the labels that become the null label, for guidance
+
+
+def autocast(device, precision):
+    """Matrix products in bfloat16: if precision says so or, for "auto", where that is fast."""
+    enabled = precision == "bfloat16" or (precision == "auto" and has_fast_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def has_fast_bfloat16(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def learning_rate_at(step, steps, largest):
+    """Linear warm-up over 50 updates, then constant, then linear decay over the second half."""
+    warm_up = (step + 1) / 50
+    decay = 2 - 2 * step / steps                             # 1 at half of the steps, then less
+    return largest * min(warm_up, 1, decay)
+
+
+@torch.no_grad()
+def update_average(average, model, decay):
+    """Update the exponential moving average (EMA) of the weights, which generates the images."""
+    for averaged, current in zip(average.parameters(), model.parameters()):
+        averaged.lerp_(current, 1 - decay)
+
+
+def training_step(denoiser, average, optimizer, batch, config, generator, loss_of=sphere_losses):
+    """One update of the denoiser's weights and of their moving average. Returns a dict of losses.
+
+    batch is a list of micro-batches (z [B, N, C], labels [B]). They are computed one after the
+    other; the gradients add up to that of the whole batch. Under torchrun, each process has its
+    own batch, and DistributedDataParallel averages the gradients in the last backward pass.
+    Sphere Encoder (section 9) gives another loss_of, and images in place of z.
+    """
+    size = sum(len(labels) for _, labels in batch)
+    device = generator.device
+    averages = {}                                            # of the losses, for the log
+    optimizer.zero_grad()
+    for number, (z, labels) in enumerate(batch, 1):
+        is_dropped = torch.rand(len(z), generator=generator, device=device) < LABEL_DROPOUT
+        labels = labels.masked_fill(is_dropped, average.num_classes)         # the null label
+        e = torch.randn(len(z), *average.latent_shape, generator=generator, device=device)
+        alpha_small, alpha_large = sample_angles(len(z), config, generator)
+
+        exchange = contextlib.nullcontext()
+        if hasattr(denoiser, "no_sync") and number < len(batch):
+            exchange = denoiser.no_sync()                    # not before the last micro-batch
+        with exchange:
+            with autocast(device, config.precision):
+                losses = loss_of(denoiser, z, labels, e, alpha_small, alpha_large, config)
+            share = len(z) / size
+            (share * losses["total"]).backward()
+        for name, loss in losses.items():
+            averages[name] = averages.get(name, 0) + share * loss.detach()
+    averages["gradient_norm"] = nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+    optimizer.step()
+    update_average(average, denoiser, config.ema_decay)
+    return averages
+
+
+# ---- 5. Sampling ---------------------------------------------------------------------------------
+# Why more than one step? A random point f(e) is v_large at 90 degrees, and the estimate from there
+# is still soft. Tilted back into noise by less than 90 degrees, it is a point as in training, at an
+# angle where less is in doubt. So the next estimate is sharper, and so on.
+
+def guided(network, x, labels, null_label, scale):
+    """Classifier-free guidance: network(x, labels), pushed away from network(x, null label)."""
+    if scale == 1:
+        return network(x, labels).float()
+    null_labels = torch.full_like(labels, null_label)
+    both = network(torch.cat([x, x]), torch.cat([labels, null_labels])).float()
+    conditional, unconditional = both.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+@torch.no_grad()
+def sample(denoiser, labels, steps=4, cfg_scale=1.0, tilt=math.pi / 2, noise=None, generator=None,
+           return_path=False):
+    """Generate latents z [B, N, C] from random points on the sphere: `steps` calls of the denoiser.
+
+    labels [B]; noise [steps, B, N, C], drawn on the labels' device if None; tilt: the largest,
+    radians. The last estimate is returned as it is, not spherified, as we read the paper's "raw
+    final step". return_path: also return all noisy points and estimates, in turn.
+
+    The paper's tilts and its noise between steps are unknown. The two constants below are ours,
+    found by trying on the drawn flowers. The power 0.7 keeps the tilts large for longer (74, 55 and
+    34 degrees for four steps; linear would be 68, 45 and 23), and later steps take a part of the
+    first noise. The judge's distance (tests/experiments) at 2, 4 and 6 steps is 0.074, 0.038 and
+    0.032 with both, and 0.095, 0.053 and 0.043 with linear tilts and all new noise.
+    """
+    if noise is None:
+        noise = torch.randn(steps, len(labels), *denoiser.latent_shape, generator=generator,
+                            device=labels.device)
+    v = spherify(noise[0])                                                   # [B, N, C]
+    path = []
+    for k in range(1, steps + 1):
+        z_hat = guided(denoiser, v, labels, denoiser.num_classes, cfg_scale)         # [B, N, C]
+        path += [v, z_hat]
+        if k < steps:
+            alpha = tilt * (1 - k / steps) ** 0.7
+            e = 0.4 * noise[0] + 0.92 * noise[k]             # variance 1
+            v = noisy_spherify(spherify(z_hat), e, alpha)                    # [B, N, C]
+    if return_path:
+        return z_hat, path
+    return z_hat
+
+
+# ==== Part II. What it stands on ==================================================================
+# The frozen autoencoders, the measure, the predecessor. Published weights are fetched by the
+# library that they belong to, and stay in its cache.
+
 from torch import distributed as dist
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, TensorDataset
-from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -83,8 +491,507 @@ def as_user_error(problem):
         raise UserError(f"{problem} ({type(error).__name__}: {reason})") from None
 
 
-# ---- Helpers: processes, devices, files ----------------------------------------------------------
-# torchrun starts several processes; each one trains on its part of every batch.
+def sum_over_processes(x):
+    """Replace a tensor by its sum over the processes that torchrun started, if it did."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+# ---- 6. TinyRAE ----------------------------------------------------------------------------------
+# RAE in miniature. The encoder is PCA of patches, in closed form: C numbers say how strongly a
+# patch shows each of C patterns. The patterns reach a little into the neighbouring patches, which
+# hides the borders. Each number is divided by the square root of its standard deviation. So fine
+# patterns keep a smaller variance than coarse ones, and noise hides them first. The decoder adds
+# the patterns up; a transformer, which sees all patches, and convolutions, which see across their
+# borders, add what is missing.
+#     P numbers in a patch   M feature maps
+
+def unpatchify(x, p):
+    """Put tokens [B, N, p p C] of a square grid together as maps [B, C, H, W] of p x p patches."""
+    side = math.isqrt(x.shape[1])
+    return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
+
+
+def overlap_matrix(size, patch_size):
+    """The orthogonal matrix R [H, H] that mixes pixels which mirror each other at a patch border.
+
+    Next to a border, a pair becomes nearly its sum and its difference, over sqrt(2); in smooth
+    images the difference is almost 0. The mixing angle falls from 45 degrees on the border to 0 at
+    a quarter of a patch. This is the lapped transform of audio and image coding.
+    """
+    R = torch.eye(size)
+    reach = patch_size // 4
+    for border in range(patch_size, size, patch_size):
+        for k in range(reach):
+            left, right = border - 1 - k, border + k
+            angle = math.pi / 4 * (1 - (k + 0.5) / reach)
+            R[left, left] = R[right, right] = math.cos(angle)
+            R[left, right] = math.sin(angle)
+            R[right, left] = -math.sin(angle)
+    return R
+
+
+class PatchPCA(nn.Module):
+    """PCA of overlapping patches: images [B, 3, H, W] to tokens [B, N, C] and back, both linear."""
+
+    def __init__(self, image_size, patch_size, channels):
+        super().__init__()
+        numbers = 3 * patch_size ** 2                                        # P
+        self.patch_size = patch_size
+        self.channels = channels
+        self.register_buffer("overlap", overlap_matrix(image_size, patch_size))      # [H, H]
+        self.register_buffer("mean", torch.zeros(3, image_size, image_size))
+        self.register_buffer("analysis", torch.eye(numbers, channels))       # [P, C]
+        self.register_buffer("synthesis", torch.eye(channels, numbers))      # [C, P]
+
+    def patches(self, images):
+        p = self.patch_size
+        mixed = self.overlap @ (images - self.mean) @ self.overlap.T         # [B, 3, H, W]
+        return rearrange(mixed, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)      # [B, N, P]
+
+    @torch.no_grad()
+    def fit(self, images):
+        """Compute the mean image and the patterns from images [n, 3, H, W]."""
+        self.mean.copy_(images.mean(0))
+        patches = self.patches(images).flatten(0, 1).cpu().double()          # [n N, P]
+        variances, patterns = torch.linalg.eigh(torch.cov(patches.T))        # ascending
+        variances = variances.flip(0)[:self.channels].clamp(min=1e-8)        # [C]
+        patterns = patterns.flip(1)[:, :self.channels]                       # [P, C]
+        root = variances.sqrt().sqrt()                       # of the standard deviation
+        scale = root * (variances / root ** 2).mean().sqrt()                 # mean variance 1
+        self.analysis.copy_(patterns / scale)
+        self.synthesis.copy_((patterns * scale).T)
+
+    def encode(self, images):
+        return self.patches(images) @ self.analysis                          # [B, N, C]
+
+    def decode(self, z):
+        mixed = unpatchify(z @ self.synthesis, self.patch_size)              # [B, 3, H, W]
+        return self.overlap.T @ mixed @ self.overlap + self.mean
+
+
+class PixelDecoder(nn.Module):
+    """Returns a correction [B, 3, H, W] to the image that PatchPCA makes of tokens [B, N, C]."""
+
+    def __init__(self, tokens, channels, patch_size, width, depth, heads, num_classes=0,
+                 feature_maps=32, hidden=48):
+        super().__init__()
+        self.half_patch = patch_size // 2
+        self.transformer = Transformer(tokens, channels, feature_maps * self.half_patch ** 2,
+                                       width, depth, heads, num_classes)
+        # Convolutions at half the size, a quarter of the work: 12 = 3 colours of 2 x 2 pixels.
+        self.conv_in = nn.Conv2d(feature_maps + 12, hidden, 3, padding=1)
+        self.residual = nn.ModuleList([nn.Sequential(
+            nn.GELU(), nn.Conv2d(hidden, hidden, 3, padding=1),
+            nn.GELU(), nn.Conv2d(hidden, hidden, 3, padding=1)) for _ in range(2)])
+        self.conv_out = nn.Conv2d(hidden, 12, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+        self.to(memory_format=torch.channels_last)           # the faster layout on a CPU
+
+    def forward(self, z, image, labels=None):
+        maps = unpatchify(self.transformer(z, labels), self.half_patch)      # [B, M, H/2, W/2]
+        pixels = F.pixel_unshuffle(image - 0.5, 2)                           # [B, 12, H/2, W/2]
+        x = torch.cat([maps, pixels], dim=1).contiguous(memory_format=torch.channels_last)
+        x = self.conv_in(x)                                                  # [B, hidden, H/2, W/2]
+        for block in self.residual:
+            x = x + block(x)
+        return F.pixel_shuffle(self.conv_out(F.gelu(x)), 2)                  # [B, 3, H, W]
+
+
+class TinyRAE(nn.Module):
+    """RAE in miniature: images [B, 3, H, W] to latents [B, N, C] and back. fit_tiny_rae freezes it.
+
+    Averaged over the channels, latents have mean 0 and variance 1. Coarse channels vary more.
+    """
+
+    def __init__(self, image_size, patch_size, channels):
+        super().__init__()
+        tokens = (image_size // patch_size) ** 2
+        self.latent_shape = (tokens, channels)
+        self.pca = PatchPCA(image_size, patch_size, channels)
+        self.decoder = PixelDecoder(tokens, channels, patch_size, width=256, depth=2, heads=4)
+
+    def encode(self, images):
+        """Turn images in [0, 1] into latents."""
+        return self.pca.encode(images)
+
+    def decode_unclamped(self, z):
+        """For training: clamp would stop the gradient outside [0, 1]."""
+        image = self.pca.decode(z)
+        return image + self.decoder(z, image).float()
+
+    def decode(self, z):
+        """Turn latents into images in [0, 1]."""
+        return self.decode_unclamped(z).clamp(0, 1)
+
+
+def fit_tiny_rae(autoencoder, some_images, batches, config):
+    """Compute the encoder of a TinyRAE, train its decoder, freeze both.
+
+    some_images [n, 3, H, W] are for the encoder; batches, config.autoencoder_steps of images
+    [B, 3, H, W], for the decoder. It sees noisy latents, because the denoiser's estimates will not
+    be perfect either. Its loss is the squared error of the pixels and of the differences between
+    neighbouring pixels. The constants (rate, noise, weight 3, clipping) were found by trying on
+    the drawn flowers.
+    """
+    autoencoder.pca.fit(some_images)
+    weights = list(autoencoder.decoder.parameters())
+    optimizer = torch.optim.Adam(weights, betas=(0.9, 0.95))
+    device = some_images.device
+    generator = torch.Generator(device).manual_seed(config.seed)
+    for step, x in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step, config.autoencoder_steps, 2e-3)
+        z = autoencoder.encode(x)                                            # [B, N, C]
+        sigma = 0.25 * torch.randn(len(x), 1, 1, generator=generator, device=device).abs()
+        noise = sigma * torch.randn(z.shape, generator=generator, device=device)
+        with autocast(device, config.precision):
+            y = autoencoder.decode_unclamped(z + noise)                      # [B, 3, H, W]
+        pixels = F.mse_loss(y, x)
+        across = F.mse_loss(y.diff(dim=3), x.diff(dim=3))
+        down = F.mse_loss(y.diff(dim=2), x.diff(dim=2))
+        optimizer.zero_grad()
+        (pixels + 3 * across + 3 * down).backward()
+        nn.utils.clip_grad_norm_(weights, 0.1)
+        optimizer.step()
+    return autoencoder.eval().requires_grad_(False)
+
+
+# ---- 7. RAE --------------------------------------------------------------------------------------
+# The paper's autoencoder, "Diffusion Transformers with Representation Autoencoders" (arXiv
+# 2510.11690). It stays in float32, outside of autocast: its users met NaN in bfloat16.
+
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+DINOV2 = "vit_base_patch14_reg4_dinov2.lvd142m"              # in timm
+RAE_REPOSITORY = "nyu-visionx/RAE-collections"               # on Hugging Face; two of its files:
+RAE_DECODER = "decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
+RAE_STATISTICS = "stats/dinov2/wReg_base/imagenet1k/stat.pt"
+
+
+def rename_decoder_keys(decoder, state_dict, prefix, *unused):
+    """Rename published keys to those of nn.TransformerEncoderLayer; it joins query, key, value."""
+    names = {"attention.output.dense": "self_attn.out_proj", "intermediate.dense": "linear1",
+             "output.dense": "linear2", "layernorm_before": "norm1", "layernorm_after": "norm2"}
+    for number in range(len(decoder.decoder_layers)):
+        layer = f"{prefix}decoder_layers.{number}."
+        for kind in (".weight", ".bias"):
+            for published, name in names.items():
+                if layer + published + kind in state_dict:
+                    state_dict[layer + name + kind] = state_dict.pop(layer + published + kind)
+            parts = [f"{layer}attention.attention.{part}{kind}"
+                     for part in ("query", "key", "value")]
+            if set(parts) <= set(state_dict):
+                joined = torch.cat([state_dict.pop(part) for part in parts])
+                state_dict[f"{layer}self_attn.in_proj{kind.replace('.', '_')}"] = joined
+
+
+class RAEDecoder(nn.Module):
+    """RAE's decoder, a ViT as in MAE: maps tokens [B, N, C] to images [B, 3, H, W].
+
+    load_state_dict takes the published key names and is strict about them.
+    """
+
+    def __init__(self, latent_channels=768, tokens=256, width=1152, depth=28, heads=16,
+                 mlp_width=4096, patch_size=16):
+        super().__init__()
+        self.patch_size = patch_size
+        self.decoder_embed = nn.Linear(latent_channels, width)
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        positions = F.pad(sincos_positions(tokens, width), (0, 0, 1, 0))     # 0 for the class token
+        self.decoder_pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.decoder_layers = nn.ModuleList([nn.TransformerEncoderLayer(
+            width, heads, mlp_width, dropout=0.0, activation="gelu", layer_norm_eps=1e-12,
+            batch_first=True, norm_first=True) for _ in range(depth)])
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
+        self.decoder_pred = nn.Linear(width, 3 * patch_size ** 2)
+        self.register_load_state_dict_pre_hook(rename_decoder_keys)
+
+    def forward(self, z):
+        class_token = self.trainable_cls_token.expand(len(z), 1, -1)         # [B, 1, D]
+        x = torch.cat([class_token, self.decoder_embed(z)], dim=1)           # [B, 1 + N, D]
+        x = x + self.decoder_pos_embed
+        for layer in self.decoder_layers:
+            x = layer(x)
+        patches = self.decoder_pred(self.decoder_norm(x))[:, 1:]             # [B, N, 3 p p]
+        images = unpatchify(patches, self.patch_size)                        # [B, 3, H, W]
+        return images * IMAGENET_STD.to(images) + IMAGENET_MEAN.to(images)
+
+
+class RAE(nn.Module):
+    """The paper's autoencoder, frozen: images [B, 3, 256, 256] to latents [B, 256, 768] and back.
+
+    Patches have 14 pixels in the encoder and 16 in the decoder, so images go in at 224 pixels and
+    come out at 256: 16 x 16 patches both times. pretrained=False: random weights, no statistics.
+    Otherwise the weights are downloaded, or read from the caches of timm and huggingface_hub.
+    """
+
+    latent_shape = (256, 768)                                                # N, C
+
+    def __init__(self, pretrained=True):
+        super().__init__()
+        import timm
+        self.encoder = timm.create_model(                    # resamples positions, 37 to 16 a side
+            DINOV2, pretrained=pretrained, num_classes=0, img_size=224)
+        self.encoder.norm = nn.LayerNorm(768, eps=1e-6, elementwise_affine=False)    # as in RAE
+        self.decoder = RAEDecoder()
+        mean, var = torch.zeros(768, 1), torch.ones(768, 1)
+        if pretrained:
+            from huggingface_hub import hf_hub_download
+            path = hf_hub_download(RAE_REPOSITORY, RAE_DECODER)
+            self.decoder.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            path = hf_hub_download(RAE_REPOSITORY, RAE_STATISTICS)
+            statistics = torch.load(path, map_location="cpu", weights_only=True)
+            mean, var = statistics["mean"], statistics["var"]                # [C, 16, 16] or [C]
+        mean = mean.float().reshape(768, -1).T                               # [N, C] or [1, C]
+        var = var.float().reshape(768, -1).T
+        self.register_buffer("latent_mean", mean.contiguous())
+        self.register_buffer("latent_var", var.contiguous())
+        self.eval().requires_grad_(False)
+
+    def encode(self, images):
+        """Turn images in [0, 1] into latents with mean 0 and variance 1."""
+        x = F.interpolate(images, (224, 224), mode="bicubic")                # [B, 3, 224, 224]
+        x = (x - IMAGENET_MEAN.to(x)) / IMAGENET_STD.to(x)
+        tokens = self.encoder.forward_features(x)                            # [B, 5 + N, C]
+        z = tokens[:, 5:]                                    # no class token, no registers
+        return (z - self.latent_mean) / (self.latent_var + 1e-5).sqrt()
+
+    def decode(self, z):
+        """Turn latents into images in [0, 1]."""
+        return self.decoder(z * (self.latent_var + 1e-5).sqrt() + self.latent_mean).clamp(0, 1)
+
+
+def load_autoencoder(name, config=None, pretrained=True):
+    """Build "tiny", a TinyRAE of config's sizes that is not trained yet, or "dinov2-b", the paper's
+    RAE with the published weights or, with pretrained=False, random ones."""
+    if name == "dinov2-b":
+        return RAE(pretrained)
+    config = config or Config()
+    return TinyRAE(config.image_size, config.patch_size, config.latent_channels)
+
+
+# ---- 8. Fréchet distance and FID -----------------------------------------------------------------
+
+def frechet_distance(mean_a, cov_a, mean_b, cov_b):
+    """Squared Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)).
+
+    tr (A B)^(1/2) is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is
+    symmetric: no complex numbers appear, and singular covariances are allowed. float64.
+    """
+    m_a, a, m_b, b = [torch.as_tensor(x).double() for x in (mean_a, cov_a, mean_b, cov_b)]
+    values, vectors = torch.linalg.eigh(a)
+    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    trace_of_root = torch.linalg.eigvalsh(root_a @ b @ root_a).clamp(min=0).sqrt().sum()
+    return float((m_a - m_b).square().sum() + a.trace() + b.trace() - 2 * trace_of_root)
+
+
+def fetch_inception():
+    """The weights of InceptionFID, downloaded once; their SHA-256 is checked."""
+    from pytorch_fid.inception import FID_WEIGHTS_URL
+    return torch.hub.load_state_dict_from_url(FID_WEIGHTS_URL, map_location="cpu", check_hash=True)
+
+
+class InceptionFID(nn.Module):
+    """Maps images [B, 3, H, W] in [0, 1] to pool features [B, 2048], in which FID is defined.
+
+    The network is pytorch-fid's: Inception v3 with the weights and the peculiarities of the
+    TensorFlow graph, images resized to 299. weights: a file to read in place of the published one.
+    """
+
+    def __init__(self, weights=None):
+        super().__init__()
+        from pytorch_fid import inception
+        if weights is None:
+            state = fetch_inception()
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        inception.load_state_dict_from_url = lambda *args, **options: state  # no second download
+        self.network = inception.InceptionV3().eval()
+
+    def forward(self, images):
+        [features] = self.network(images.float())                            # [B, 2048, 1, 1]
+        return features.flatten(1)
+
+
+class UntrainedFeatures(nn.Module):
+    """Maps images [B, 3, H, W] in [0, 1] to 256 features: convolutions with fixed random weights.
+
+    They need no download and favour no run. Their distance compares runs on the same images and is
+    not an FID.
+    """
+
+    def __init__(self):
+        super().__init__()
+        widths = [3, 32, 64, 128, 128]
+        self.convs = nn.ModuleList()
+        for i in range(4):
+            generator = torch.Generator().manual_seed(i)
+            conv = nn.Conv2d(widths[i], widths[i + 1], 4, stride=2, padding=1, bias=False)
+            nn.init.orthogonal_(conv.weight, gain=2 ** 0.5, generator=generator)
+            self.convs.append(conv)
+
+    def forward(self, images):
+        x = 2 * F.interpolate(images.float(), (64, 64), mode="bilinear") - 1
+        for conv in self.convs:
+            x = F.relu(conv(x))                                              # [B, width, H/2, W/2]
+        return torch.cat([x.mean((2, 3)), x.std((2, 3))], dim=1)
+
+
+@torch.no_grad()
+def feature_statistics(network, batches):
+    """Return mean and covariance of a network's features over images, in float64 on the CPU.
+
+    batches: images [B, 3, H, W] on the network's device; under torchrun, this process's share.
+    """
+    device = next(network.parameters()).device
+    size = network(torch.zeros(1, 3, 64, 64, device=device)).shape[1]
+    sums_on = "cpu" if device.type == "mps" else device      # MPS has no float64
+    count = torch.zeros((), dtype=torch.float64, device=sums_on)             # sums over the images
+    first = torch.zeros(size, dtype=torch.float64, device=sums_on)
+    second = torch.zeros(size, size, dtype=torch.float64, device=sums_on)
+    for images in batches:
+        images = (255 * images).round() / 255                # 8 bits, as in image files
+        features = network(images).to(sums_on).double()                      # [B, features]
+        count += len(features)
+        first += features.sum(0)
+        second += features.T @ features
+    for total in (count, first, second):
+        sum_over_processes(total)
+    mean = first / count
+    covariance = (second - count * torch.outer(mean, mean)) / (count - 1)
+    return mean.cpu(), covariance.cpu()
+
+
+# ---- 9. Sphere Encoder ---------------------------------------------------------------------------
+# The predecessor trains an encoder E and a decoder D together, on pixels. The scheme of its losses
+# is that of section 3: D stands for the denoiser, f after E for f, the image for z.
+
+class SphereEncoder(nn.Module):
+    """E maps an image to a point on the sphere; D maps any point on the sphere, however noisy, to
+    an image, and so is the generator. Both get the label. That both start from PCA of patches is
+    ours."""
+
+    def __init__(self, config, num_classes):
+        super().__init__()
+        width, depth, heads = MODEL_SIZES[config.model_size]
+        tokens, channels = (config.image_size // config.patch_size) ** 2, config.latent_channels
+        self.latent_shape = (tokens, channels)
+        self.num_classes = num_classes
+        self.pca = PatchPCA(config.image_size, config.patch_size, channels)
+        self.encoder = Transformer(tokens, channels, channels, width, depth, heads, num_classes)
+        self.decoder = PixelDecoder(tokens, channels, config.patch_size, width, depth, heads,
+                                    num_classes)
+
+    def encode(self, images, labels=None):
+        """Return f(E(images)): points on the sphere [B, N, C] for images [B, 3, H, W]."""
+        z = self.pca.encode(images)
+        return spherify(z + self.encoder(z, labels))
+
+    def decode(self, v, labels=None):
+        """Return D(v): images [B, 3, H, W], not clamped, for points on the sphere [B, N, C]."""
+        image = self.pca.decode(v)
+        return image + self.decoder(v, image, labels).float()
+
+    def forward(self, images, labels, e, alpha_small, alpha_large, config, perceptual=None):
+        """The losses of section 3, with smooth L1 as the distance, for images [B, 3, H, W].
+
+        It is `forward`, because DistributedDataParallel wraps only that. perceptual is a second
+        distance of images, for the first two losses.
+        """
+        v = self.encode(images, labels)                                      # [B, N, C]
+        v_small = noisy_spherify(v, e, alpha_small)                          # [B, N, C]
+        v_large = noisy_spherify(v, e, alpha_large)                          # [B, N, C]
+        x_hat = self.decode(torch.cat([v_small, v_large]), torch.cat([labels, labels]))
+        x_hat_small, x_hat_large = x_hat.chunk(2)                            # [B, 3, H, W]
+        losses = {
+            "reconstruction": reconstruction_loss(x_hat_small, images, F.smooth_l1_loss),
+            "consistency": consistency_loss(x_hat_large, x_hat_small, F.smooth_l1_loss),
+            "latent_consistency": latent_consistency_loss(self.encode(x_hat_large, labels), v),
+        }
+        if perceptual is not None:
+            losses["perceptual"] = (reconstruction_loss(x_hat_small, images, perceptual)
+                                    + consistency_loss(x_hat_large, x_hat_small, perceptual))
+        weights = {name: getattr(config, name + "_weight") for name in losses}
+        losses["total"] = sum(weights[name] * losses[name] for name in weights)
+        return losses
+
+    @torch.no_grad()
+    def sample(self, labels, steps=4, cfg_scale=1.0, tilt=math.radians(85), noise=None,
+               generator=None):
+        """Generate images [B, 3, H, W] from random points. E and D both run in every step.
+
+        The first point is f(noise); all steps tilt with the same noise [B, N, C] and angle, which
+        its paper found best. Guidance acts on both halves, with the square root of cfg_scale each.
+        """
+        if noise is None:
+            noise = torch.randn(len(labels), *self.latent_shape, generator=generator,
+                                device=labels.device)
+        null, scale = self.num_classes, math.sqrt(cfg_scale)
+        x = guided(self.decode, spherify(noise), labels, null, scale)
+        for _ in range(steps - 1):
+            v = spherify(guided(self.encode, x, labels, null, scale))
+            x = guided(self.decode, noisy_spherify(v, noise, tilt), labels, null, scale)
+        return x.clamp(0, 1)
+
+
+def fetch_vgg():
+    """The weights of PerceptualDistance, downloaded once; their SHA-256 is checked."""
+    from torchvision.models import VGG16_Weights
+    return VGG16_Weights.IMAGENET1K_V1.get_state_dict(map_location="cpu", check_hash=True)
+
+
+class PerceptualDistance(nn.Module):
+    """Distance of images [B, 3, H, W] in the features of VGG16 before each of its five poolings."""
+
+    def __init__(self):
+        super().__init__()
+        from torchvision.models import vgg16
+        network = vgg16()
+        network.load_state_dict(fetch_vgg())
+        self.layers = network.features.eval().requires_grad_(False)
+
+    def forward(self, a, b):
+        x = torch.cat([a, b])
+        x = (x - IMAGENET_MEAN.to(x)) / IMAGENET_STD.to(x)
+        total = 0.0
+        for layer in self.layers:
+            if isinstance(layer, nn.MaxPool2d):
+                features_a, features_b = F.normalize(x.float(), dim=1).chunk(2)      # as in LPIPS
+                total = total + (features_a - features_b).square().sum(1).mean()
+                if x.shape[-1] == 1:                         # 1 x 1 maps cannot be pooled
+                    break
+            x = layer(x)
+        return total
+
+
+# ==== Part III. Runs ==============================================================================
+
+import argparse
+import copy
+import csv
+import datetime
+import json
+import os
+import pathlib
+import shlex
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+
+def uses_rae(config):
+    return config.method == "sphere-latent" and config.autoencoder == "dinov2-b"
+
+
+# torchrun starts several processes; each one trains on its share of every batch.
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -94,25 +1001,18 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def my_part(batch):
-    """This process's part of a batch, or of a list of batches: every world_size-th element."""
-    return batch[rank()::world_size()]
-
-
-def sum_over_processes(x):
-    """Replace a tensor by its sum over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def any_process(flag):
-    """Whether the flag is true in some process. All processes have to ask at the same time."""
-    return sum_over_processes(torch.tensor(float(flag))).item() > 0
-
-
 def wait_for_all_processes():
     sum_over_processes(torch.zeros(1))
+
+
+def first_process_first(action):
+    """Call action() in the first process, then in the others: it may download a file."""
+    if rank() == 0:
+        result = action()
+    wait_for_all_processes()
+    if rank() > 0:
+        result = action()
+    return result
 
 
 def say(message):
@@ -125,164 +1025,16 @@ def progress(iterable, name, **options):
     return tqdm(iterable, name, disable=rank() > 0, **options)
 
 
-def find_device(name):
-    """Return a torch.device that works for "auto", "cpu", "cuda:1" and so on; allow TF32 there."""
-    if name == "auto":
-        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    with as_user_error(f"--device {name} cannot be used"):
-        if name == "cuda" and "LOCAL_RANK" in os.environ:    # torchrun: a GPU for each process
-            name = "cuda:" + os.environ["LOCAL_RANK"]
-            torch.cuda.set_device(name)
-        torch.zeros(1, device=name).tolist()                 # "meta" gives nothing back
-    torch.set_float32_matmul_precision("high")
-    return torch.device(name)
+def generator_for(*purpose, device="cpu"):
+    """A random generator for one purpose, such as ("noise", seed, step, process).
 
-
-def autocast(device):
-    """bfloat16 where the hardware multiplies it faster than float32, otherwise no change."""
-    enabled = False
-    if device.type == "cuda":
-        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        enabled = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def seeded_generator(seed, index, device="cpu"):
-    """A generator for one update or one image: a resumed run needs no saved random state."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + index)     # room for 10^6 indices
-
-
-# ---- 1. Configuration ----------------------------------------------------------------------------
-
-def setting(default, meaning, options=None, low=None, high=10**9):
-    """A field of Config: its default, its meaning for --help, and the values that it may take.
-
-    Numbers go from low to high; low is 1 for int fields and 0 for float fields if it is not given.
+    Nothing random depends on what was drawn before: a resumed run needs no saved random state.
     """
-    if low is None:
-        low = 1 if isinstance(default, int) else 0
-    rules = {"meaning": meaning, "options": options, "low": low, "high": high}
-    return dataclasses.field(default=default, metadata=rules)
+    return torch.Generator(device).manual_seed(zlib.crc32(repr(purpose).encode()))
 
 
-@dataclasses.dataclass
-class Config:
-    """All settings; each one is a flag of `train`: batch_size is --batch-size."""
-
-    method: str = setting("sphere-latent", "the paper's method, or its predecessor",
-                          ("sphere-latent", "sphere-encoder"))
-    # data
-    dataset: str = setting("drawn", "what to learn", (
-        "drawn", "folder", "cifar10", "flowers", "animal-faces", "imagenet"))
-    data_dir: str = setting("", "folder of the images, or data; alone, it implies --dataset folder")
-    image_size: int = setting(64, "height and width of the images, pixels", high=4096)
-    flips: bool = setting(True, "also learn from mirror images")
-    # the frozen autoencoder
-    autoencoder: str = setting("tiny", "TinyRAE, or the paper's RAE", ("tiny", "dinov2-b"))
-    weights_dir: str = setting("", "folder with published weights that you placed by hand")
-    patch_size: int = setting(16, "tiny: height and width of a token's patch, pixels", high=64)
-    latent_channels: int = setting(64, "tiny: channels of a token")
-    autoencoder_steps: int = setting(300, "tiny: updates of its decoder")
-    # the denoiser and its losses; small_ratio and latent_consistency_weight are Sphere Encoder's,
-    # noise_mean was found by trying
-    model_size: str = setting("tiny", "width and depth", ("tiny", "S", "B", "L", "XL"))
-    noise_distribution: str = setting("logit-normal", "distribution of the large angle", (
-        "logit-normal", "uniform", "uniform-tangent"))
-    noise_mean: float = setting(1.2, "logit-normal: mean of the logit", low=-20, high=20)
-    noise_std: float = setting(1.0, "logit-normal: standard deviation of the logit", high=20)
-    max_angle: float = setting(90.0, "largest angle in training, degrees", high=90)
-    small_ratio: float = setting(0.5, "largest tan(small angle) / tan(large angle)", high=1)
-    reconstruction_weight: float = setting(1.0, "weight of loss 1")
-    consistency_weight: float = setting(1.0, "weight of loss 2")
-    latent_consistency_weight: float = setting(0.1, "weight of loss 3")
-    # optimization; learning_rate and ema_decay were found by trying on the drawn flowers
-    train_steps: int = setting(1000, "updates of the denoiser")
-    batch_size: int = setting(32, "images in an update, over all processes", high=10**6)
-    accumulate: int = setting(1, "parts that a batch is split into, to save memory")
-    checkpoint_blocks: bool = setting(False, "compute each block twice, to save memory")
-    learning_rate: float = setting(5e-3, "largest learning rate of AdamW", high=100)
-    ema_decay: float = setting(0.995, "decay of the moving average of the weights", high=1)
-    save_every: int = setting(500, "updates between checkpoints, with sample pictures")
-    # sampling and evaluation
-    steps: int = setting(4, "calls of the denoiser for an image", high=1000)
-    cfg_scale: float = setting(1.5, "classifier-free guidance; 1 is off", high=100)
-    tilt: float = setting(90.0, "sampling: largest tilt back into noise, degrees", high=90)
-    eval_samples: int = setting(600, "samples behind a Fréchet distance", low=2, high=10**7)
-    # the run
-    seed: int = setting(0, "seed of training and sampling; drawings stay the same", low=0)
-    device: str = setting("auto", "auto (CUDA, then MPS, then CPU) or a torch device")
-    out: str = setting("", "run folder (default: runs/DATASET)")
-    compile: bool = setting(False, "use torch.compile")
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, flag = getattr(self, field.name), "--" + field.name.replace("_", "-")
-            options, low, high = [field.metadata[name] for name in ("options", "low", "high")]
-            if options is not None and value not in options:
-                raise UserError(f"{flag} {value}: choose from {', '.join(options)}")
-            is_number = field.type in (int, float)
-            if is_number and not low <= value <= high:       # nan is in no range
-                raise UserError(f"{flag} {value}: must be from {low} to {high:,}")
-        numbers_in_patch = 3 * self.patch_size ** 2
-        if self.uses_rae() and self.image_size != 256:
-            raise UserError(f"--image-size {self.image_size}: dinov2-b has images of 256 pixels")
-        if self.image_size % self.patch_size != 0 or self.patch_size % 2 != 0:
-            raise UserError(f"--image-size {self.image_size}: must be a multiple of --patch-size "
-                            f"{self.patch_size}, which must be even")
-        if self.latent_channels > numbers_in_patch:
-            raise UserError(f"--latent-channels {self.latent_channels}: a patch has only "
-                            f"{numbers_in_patch} numbers")
-        if self.noise_distribution == "uniform-tangent" and self.max_angle == 90:
-            raise UserError("--max-angle 90: its tangent is infinite, uniform-tangent needs less")
-        if self.batch_size % self.accumulate != 0:
-            raise UserError(f"--accumulate {self.accumulate}: must divide --batch-size "
-                            f"{self.batch_size}")
-
-    def uses_rae(self):
-        return self.method == "sphere-latent" and self.autoencoder == "dinov2-b"
-
-
-# Where the settings of a data set differ from the defaults, which are those of "drawn".
-# PHOTOS: for a folder of images, and for flowers, animal-faces and imagenet with --autoencoder tiny
-# or --method sphere-encoder; guidance by a sweep on photographs (README.md), the rest by trying.
-# latent_channels stays 64: both 40 and 96 channels made worse samples of photographs.
-# PAPER: the paper's optimizer is unknown. Batch size, learning rate and EMA are RAE's (there the
-# rate decays to 2e-5, here to 0), the 1,000 epochs (ImageNet: 800) Sphere Encoder's. accumulate:
-# for one GPU (ImageNet: for eight), so that a part has at most 32 images.
-PHOTOS = {"autoencoder_steps": 1000, "train_steps": 10_000, "learning_rate": 3e-3, "cfg_scale": 3.0}
-PAPER = {"autoencoder": "dinov2-b", "image_size": 256, "model_size": "B", "batch_size": 1024,
-         "accumulate": 32, "learning_rate": 2e-4, "ema_decay": 0.9995, "eval_samples": 50_000}
-PRESETS = {
-    "drawn": {},
-    "folder": PHOTOS,
-    "cifar10": {"image_size": 32, "patch_size": 4, "latent_channels": 16, "model_size": "S"},
-    "flowers": {**PAPER, "train_steps": 8000, "eval_samples": 51_000},
-    "animal-faces": {**PAPER, "train_steps": 14_000},
-    "imagenet": {**PAPER, "model_size": "XL", "accumulate": 8, "train_steps": 1_000_000,
-                 "save_every": 10_000},
-}
-# noise and weights from its paper, where the weights are 25 to 50 and 1 to 25
-SPHERE_ENCODER = {"noise_distribution": "uniform-tangent", "max_angle": 85.0, "tilt": 85.0,
-                  "reconstruction_weight": 25.0, "consistency_weight": 2.0}
-LABEL_DROPOUT = 0.1          # share of the labels that become the null label, for guidance
-
-
-def preset(dataset, method="sphere-latent", autoencoder=""):
-    """The Config that a data set, a method and an autoencoder start from."""
-    settings = dict(PRESETS.get(dataset, {}))
-    is_of_paper = settings.get("autoencoder") == "dinov2-b"
-    if is_of_paper and (autoencoder == "tiny" or method == "sphere-encoder"):
-        settings = dict(PHOTOS)                              # the paper's images without RAE
-    if autoencoder == "dinov2-b" and not is_of_paper:
-        settings = dict(PAPER, train_steps=8000)             # other images with RAE
-    if method == "sphere-encoder":
-        settings.update(SPHERE_ENCODER)
-    return Config(dataset=dataset, method=method, **settings)
-
-
-# ---- 2. Images -----------------------------------------------------------------------------------
-# The built-in data: drawn flowers. All but the class is random: place, size, lean, light, ground.
+# ---- 10. The drawn flowers -----------------------------------------------------------------------
+# The built-in data. All but the class is random: place, size, lean, light, ground.
 
 SPECIES = [
     # name, petals, roundness of a petal's tip, depth of the gap between petals, rings of petals,
@@ -362,21 +1114,6 @@ def draw_flowers(labels, size, generator):
     return F.avg_pool2d((image * uniform(.8, 1.15)).clamp(0, 1), 2)
 
 
-class PixelImages(Dataset):
-    """Images in memory: pixels uint8 [n, 3, H, W], labels [n], names of the classes."""
-
-    def __init__(self, pixels, labels, classes):
-        self.pixels = pixels
-        self.labels = torch.as_tensor(labels)
-        self.classes = list(classes)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return self.pixels[i] / 255, int(self.labels[i])
-
-
 def drawn_images(split, size):
     """6,000 drawn flowers to train on, or 1,200 others to test on; always the same."""
     labels = torch.arange(6000 if split == "train" else 1200) % len(SPECIES)
@@ -384,8 +1121,10 @@ def drawn_images(split, size):
     drawn = []
     for some in progress(labels.split(16), "drawing flowers", leave=False):
         drawn.append((255 * draw_flowers(some, size, generator)).round().byte())
-    return PixelImages(torch.cat(drawn), labels, [species[0] for species in SPECIES])
+    return Images(labels, [species[0] for species in SPECIES], pixels=torch.cat(drawn))
 
+
+# ---- 11. Image files and data sets ---------------------------------------------------------------
 
 IN_MEMORY = 8e9              # bytes of pixels; a larger data set stays in its files
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff",
@@ -393,192 +1132,202 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".ti
 HIDDEN = (".", "__MACOSX")   # files and folders whose names begin so are left out
 
 
+class Images(Dataset):
+    """Images with labels [n] and names of classes: pixels uint8 [n, 3, H, W] in memory, or paths
+    of files, whose images become squares of `size` pixels."""
+
+    def __init__(self, labels, classes, pixels=None, paths=None, size=None):
+        self.labels = torch.as_tensor(labels)
+        self.classes = list(classes)
+        self.pixels = pixels
+        self.paths = paths
+        self.size = size
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        """The image [3, H, W], float in [0, 1], and its label."""
+        pixels, labels = self.__getitems__([i])
+        return pixels[0] / 255, int(labels[0])
+
+    def __getitems__(self, indices):
+        """A batch at once, for DataLoader: pixels uint8 [B, 3, H, W] and labels [B]."""
+        if self.pixels is not None:
+            return self.pixels[indices], self.labels[indices]
+        pixels = torch.stack([read_image(self.paths[i], self.size) for i in indices])
+        return pixels, self.labels[indices]
+
+
 def read_image(path, size):
-    """Read the centre square of an image file: upright, RGB, over white, uint8 [3, size, size]."""
+    """Read an image file: upright, RGB, over white, its centre square. Returns uint8 [3, S, S].
+
+    The crop is that of ADM and RAE: halve by averaging, then bicubic (antialiased), then centre.
+    """
     Image.MAX_IMAGE_PIXELS = None                            # Pillow's limit; cameras exceed it
     with as_user_error(f"{path} cannot be read"):
         image = Image.open(path)
         if image.mode.startswith(("I", "F")):
-            raise ValueError("more than 8 bits per channel")
-        image.draft("RGB", (2 * size, 2 * size))             # JPEG: decode at a reduced size
+            raise ValueError("more than 8 bits per channel; convert it to 8 bits")
+        image.draft("RGB", (4 * size, 4 * size))             # a huge JPEG: decode at a reduced size
         image.load()                                         # a damaged image fails here
         with contextlib.suppress(Exception):                 # damaged EXIF is no reason to refuse
             image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("RGB"), (size, size))
+        image = image.convert("RGB")
+        while min(image.size) >= 2 * size:
+            image = image.reduce(2)
+        scale = size / min(image.size)
+        width, height = [max(size, round(side * scale)) for side in image.size]
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-class ImageFiles(Dataset):
-    """Images in files: samples is a list of (path, label)."""
+def read_images(images):
+    """Read Images from their files into memory. More than 8 GB of pixels stay in the files.
 
-    def __init__(self, samples, classes, size):
-        self.samples = samples
-        self.labels = torch.tensor([label for _, label in samples])
-        self.classes = classes
-        self.size = size
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, i):
-        path, label = self.samples[i]
-        return read_image(path, self.size) / 255, label
-
-
-def read_images(files):
-    """Read ImageFiles into memory, as PixelImages. More than 8 GB of pixels stay in their files.
-
-    Images that cannot be read are left out; the first five are named. Raises UserError if there is
-    more than one such image and they exceed 1 in 100. In a data set that stays in its files, an
-    unreadable image stops the training when it is reached.
+    Images that cannot be read are left out; the first five are named. Raises UserError if they are
+    half or more, or all of a class. In a data set that stays in its files, an image that cannot be
+    read stops the training when it is reached.
     """
-    if 3 * files.size ** 2 * len(files) > IN_MEMORY:
-        return files
+    if images.pixels is not None or 3 * images.size ** 2 * len(images) > IN_MEMORY:
+        return images
 
-    def read(pair):
+    def read(path):
         try:
-            return read_image(pair[0], files.size)
+            return read_image(path, images.size)
         except UserError as error:
             return error
 
     with ThreadPoolExecutor() as pool:
-        found = pool.map(read, files.samples)
-        found = list(progress(found, "reading images", total=len(files)))
+        found = pool.map(read, images.paths)
+        found = list(progress(found, "reading images", total=len(images)))
     errors = [image for image in found if isinstance(image, UserError)]
     for error in errors[:5]:
         print(f"skipped: {error}", file=sys.stderr)
-    if len(errors) > max(1, len(files) // 100):
-        raise UserError(f"{len(errors)} of {len(files)} images cannot be read: {errors[0]}")
-    if len(files) - len(errors) < 2:
-        raise UserError(f"only one of {len(files)} images can be read: {errors[0]}")
+    if 2 * len(errors) >= len(images):
+        raise UserError(f"{len(errors)} of {len(images)} images cannot be read: {errors[0]}")
     is_read = torch.tensor([torch.is_tensor(image) for image in found])
+    labels = images.labels[is_read]
+    for label in images.labels.unique().tolist():
+        if label not in labels:
+            raise UserError(f"no image of class {images.classes[label]} can be read")
     pixels = torch.stack([image for image in found if torch.is_tensor(image)])
-    return PixelImages(pixels, files.labels[is_read], files.classes)
-
-
-def without_hidden(subfolders, files):
-    """Sort the names of subfolders and, among the files, of images; leave hidden ones out."""
-    subfolders = [name for name in subfolders if not name.startswith(HIDDEN)]
-    images = [name for name in files
-              if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(HIDDEN)]
-    return sorted(subfolders), sorted(images)
-
-
-def enter_single_folders(root):
-    """Go down while a folder holds a single folder of folders, and no image. Returns its path.
-
-    Archives often unpack like this: photos/photos/daisy. So does a folder train without val.
-    """
-    entered = root
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:], images = without_hidden(subfolders, files)            # where os.walk goes on
-        if images or not subfolders:                         # a class: its parent was the last one
-            break
-        entered = folder
-        if len(subfolders) > 1:
-            break
-    return entered
+    return Images(labels, images.classes, pixels=pixels)
 
 
 def find_image_files(root):
     """Find all images below a folder. Returns {class name: sorted paths}; a class may be empty.
 
-    A class is a folder in root; images that lie in root itself form a class of root's name. Links
-    are followed; a folder that is reached twice counts once. Hidden folders and this program's run
-    folders are left out.
+    A class is a folder in root. If these hold no image, root itself is the only class. Hidden files
+    and folders are left out, and so are the pictures of this program's run folders.
     """
-    found = {}
-    visited = set()                                          # a link may lead back up
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real_folder = os.path.realpath(folder)
-        is_run_folder = "checkpoint.pt" in files
-        if is_run_folder or real_folder in visited:
-            subfolders.clear()                               # os.walk does not go into them
-            continue
-        visited.add(real_folder)
-        subfolders[:], images = without_hidden(subfolders, files)
-        name = os.path.relpath(folder, root).split(os.sep)[0]
-        if name == ".":
-            name = os.path.basename(root)
-        name = name.encode("utf-8", "backslashreplace").decode()             # if it is not UTF-8
-        if images or folder != root:
-            found.setdefault(name, []).extend(os.path.join(folder, image) for image in images)
-    return {name: sorted(found[name]) for name in sorted(found)}
+    from torchvision.datasets.folder import make_dataset
+
+    def is_image(path):
+        folder, name = os.path.split(path)
+        parts = os.path.relpath(path, root).split(os.sep)
+        is_hidden = any(part.startswith(HIDDEN) for part in parts)
+        is_of_run = os.path.exists(os.path.join(folder, "checkpoint.pt"))
+        return name.lower().endswith(IMAGE_ENDINGS) and not is_hidden and not is_of_run
+
+    def find(folder, classes):
+        numbers = {name: number for number, name in enumerate(classes)}
+        found = {name: [] for name in classes}
+        for path, number in make_dataset(folder, numbers, is_valid_file=is_image, allow_empty=True):
+            found[classes[number]].append(path)
+        return found
+
+    subfolders = sorted(entry.name for entry in os.scandir(root)
+                        if entry.is_dir() and not entry.name.startswith(HIDDEN))
+    found = find(root, subfolders)
+    if any(found.values()):
+        return found
+    return find(os.path.dirname(root), [os.path.basename(root)])
 
 
-def split_by_name(images, held_out):
-    """The tenth of ImageFiles that is held out, or the other nine tenths.
-
-    Chosen by a hash of the file name: it hardly changes when images are added. The last image of a
-    class is never held out. If that leaves fewer than two held-out images, as it does for fewer
-    than 20 in all, both parts are the whole set.
-    """
-    def name_hash(pair):
-        return zlib.crc32(os.fsencode(os.path.basename(pair[0])))
-
-    remaining = torch.bincount(images.labels).tolist()       # images of each class
-    chosen = set()
-    for path, label in sorted(images.samples, key=name_hash):
-        if len(chosen) < len(images) // 10 and remaining[label] > 1:
-            chosen.add(path)
-            remaining[label] -= 1
-    if len(chosen) < 2:
-        return images
-    part = [pair for pair in images.samples if (pair[0] in chosen) == held_out]
-    return ImageFiles(part, images.classes, images.size)
-
-
-def folder_images(config, root, held_out):
-    """Find ImageFiles in a folder that holds a folder for each class, or images alone.
+def folder_splits(config, root):
+    """The images of a folder that holds a folder for each class, or images alone.
 
     If it holds the folders train and val (or test), as AFHQ and ImageNet do, these are the split.
+    Otherwise every tenth image of each class is held out.
     """
-    root = enter_single_folders(os.path.abspath(root))
+    root = os.path.abspath(root)
     splits = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
     is_split = "train" in splits and len(splits) > 1
     if not is_split and config.dataset != "folder":
         raise UserError("no folders train and val, or train and test")
     files = find_image_files(os.path.join(root, "train") if is_split else root)
-    if not held_out:                                         # say it once
-        for name in files:
-            if not files[name]:
-                say(f"note: folder {name} holds no image")
+    for name in files:
+        if not files[name]:
+            say(f"note: folder {name} holds no image")
     classes = [name for name in files if files[name]]
-    if is_split and held_out:
-        files = find_image_files(os.path.join(root, splits[1]))
-    samples = []
-    for name, paths in files.items():
+    train = [(path, label) for label, name in enumerate(classes) for path in files[name]]
+    if len(train) < 4:
+        raise UserError(f"{len(train)} images in {root}; at least 4 are needed")
+    if not is_split:
+        return split_every_tenth(train, classes, config)
+    held_out = []
+    for name, paths in find_image_files(os.path.join(root, splits[1])).items():
         # ImageNet's validation images may lie in no class's folder; no result needs their labels
         label = classes.index(name) if name in classes else 0
-        samples += [(path, label) for path in paths]
-    if len(samples) < 4:
-        raise UserError(f"{len(samples)} images in {root}; at least 4 are needed")
-    images = ImageFiles(samples, classes, config.image_size)
-    return images if is_split else split_by_name(images, held_out)
+        held_out += [(path, label) for path in paths]
+    return {"train": images_of(train, classes, config),
+            "test": images_of(held_out, classes, config)}
 
 
-def cifar_images(config, root, held_out):
+def images_of(samples, classes, config):
+    """Images in files, from a list of (path, label)."""
+    paths = [path for path, _ in samples]
+    labels = [label for _, label in samples]
+    return Images(labels, classes, paths=paths, size=config.image_size)
+
+
+def split_every_tenth(samples, classes, config):
+    """Hold out every tenth image of each class. If these are fewer than two, hold out none: both
+    parts are then the whole set."""
+    train, held_out = [], []
+    counts = [0] * len(classes)
+    for path, label in samples:
+        counts[label] += 1
+        part = held_out if counts[label] % 10 == 0 else train
+        part.append((path, label))
+    if len(held_out) < 2:
+        images = images_of(samples, classes, config)
+        return {"train": images, "test": images}
+    return {"train": images_of(train, classes, config),
+            "test": images_of(held_out, classes, config)}
+
+
+def cifar_splits(config, root):
     from torchvision.datasets import CIFAR10
-    data = CIFAR10(root, train=not held_out, download=True)
-    pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)                 # [n, 3, 32, 32]
-    size = (config.image_size, config.image_size)
-    pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-    return PixelImages(pixels, data.targets, data.classes)
+    found = {}
+    for split in ("train", "test"):
+        data = CIFAR10(root, train=split == "train", download=True)
+        pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)             # [n, 3, 32, 32]
+        size = (config.image_size, config.image_size)
+        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+        found[split] = Images(data.targets, data.classes, pixels=pixels)
+    return found
 
 
-def oxford_flowers(config, root, held_out):
-    """Oxford-Flowers 102. We train on all 8,189 photographs and compare samples with all of them;
-    without RAE's encoder, all is learned from these alone, and a tenth is held out."""
+def oxford_flowers_splits(config, root):
+    """Oxford-Flowers 102. With RAE we train on all 8,189 photographs and compare samples with all
+    of them. TinyRAE learns from these alone, so a tenth is held out."""
     from torchvision.datasets import Flowers102
     samples = []
     for split in ("train", "val", "test"):
         part = Flowers102(root, split, download=True)
         samples += zip(map(str, part._image_files), part._labels)
-    images = ImageFiles(samples, Flowers102.classes, config.image_size)
-    return split_by_name(images, held_out) if config.autoencoder == "tiny" else images
+    samples.sort()
+    if not uses_rae(config):
+        return split_every_tenth(samples, Flowers102.classes, config)
+    images = images_of(samples, Flowers102.classes, config)
+    return {"train": images, "test": images}
 
 
 SOURCES = {
@@ -591,17 +1340,18 @@ SOURCES = {
 }
 
 
-def find_images(config, split):
-    """Find the images of a split, "train" or "test", without reading them. Raises UserError."""
-    sources = {"cifar10": cifar_images, "flowers": oxford_flowers}
-    source = sources.get(config.dataset, folder_images)
+def find_images(config):
+    """Find the images {"train": Images, "test": Images}, without reading them. Raises UserError."""
+    find = {"cifar10": cifar_splits, "flowers": oxford_flowers_splits}.get(
+        config.dataset, folder_splits)
     root = os.path.expanduser(config.data_dir or "data")
     try:
-        return source(config, root, split == "test")
+        return first_process_first(lambda: find(config, root))
     except Exception as error:                               # of a download, of a broken file
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"no data set {config.dataset} in {root} ({reason}): put "
-                        f"{SOURCES[config.dataset]} there, or add --data-dir FOLDER") from None
+                        f"{SOURCES[config.dataset]} there, or add --data-dir FOLDER. Without files: "
+                        "python sphere_latent.py train") from None
 
 
 def load_images(config, split):
@@ -611,819 +1361,82 @@ def load_images(config, split):
     """
     if config.dataset == "drawn":
         return drawn_images(split, config.image_size)
-    images = find_images(config, split)
-    if isinstance(images, ImageFiles):
-        images = read_images(images)
-    return images
+    return read_images(find_images(config)[split])
 
 
-def random_index_batches(count, config, first_step, last_step):
-    """Yield the indices of the images of each update; they depend on seed and step alone."""
-    for step in range(first_step, last_step):
-        generator = seeded_generator(config.seed, step)      # drawn with replacement
-        yield torch.randint(count, (config.batch_size,), generator=generator).tolist()
+def load_both_splits(config):
+    """The images to train on and those held out; one object, read once, where they are the same."""
+    if config.dataset == "drawn":
+        return load_images(config, "train"), load_images(config, "test")
+    found = find_images(config)
+    train = read_images(found["train"])
+    if found["test"] is found["train"]:
+        return train, train
+    return train, read_images(found["test"])
+
+
+def as_it_is(batch):                                         # a batch of Images is one already
+    return batch
+
+
+def make_loader(images, batches, device):
+    """Return a DataLoader of (pixels uint8 [B, 3, H, W], labels [B]), one per list of indices."""
+    workers = 0
+    if images.pixels is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = max(1, min(16, os.cpu_count() // processes))
+    return DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
+                      pin_memory=device.type == "cuda")
+
+
+def random_batches(images, size, steps, config, purpose, device):
+    """Yield (images [B, 3, H, W] in [0, 1], labels [B]), on the device, for each step of a range.
+
+    The images are drawn with replacement. Half of them are mirrored, with config.flips.
+    """
+    def indices():
+        for step in steps:
+            generator = generator_for(purpose, config.seed, step, rank())
+            yield torch.randint(len(images), (size,), generator=generator).tolist()
+
+    for step, (pixels, labels) in zip(steps, make_loader(images, indices(), device)):
+        x = pixels.to(device, non_blocking=True) / 255                       # [B, 3, H, W]
+        labels = labels.to(device, non_blocking=True)
+        if config.flips:
+            generator = generator_for("mirrored", purpose, config.seed, step, rank(), device=device)
+            is_mirrored = torch.rand(size, generator=generator, device=device) < 0.5
+            x = torch.where(is_mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
+        yield x, labels
 
 
 def index_batches(count, size=100):
-    """This process's share of the indices below count, as lists of at most `size` of them."""
-    batches = torch.arange(count).split(size)
-    return my_part([batch.tolist() for batch in batches])
-
-
-def ignore_signals(worker):
-    """The main process decides what Ctrl-C or SIGTERM means; its workers exit with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def make_loader(dataset, batches, device=torch.device("cpu")):
-    """Return a DataLoader of (images or latents [B, ...], labels [B]), one per list of indices."""
-    workers = min(8, os.cpu_count()) if isinstance(dataset, ImageFiles) else 0
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
-
-
-def random_images(images, seed):
-    """Choose images for PCA at random: 2,000, or fewer if they are large. Returns [n, 3, H, W]."""
-    count = min(2000, 10**8 // images[0][0].numel())         # 10^8 float32 numbers are 0.4 GB
-    count = max(20, count)
-    order = torch.randperm(len(images), generator=seeded_generator(seed, 0))
-    return torch.stack([images[i][0] for i in order[:count].tolist()])
-
-
-def iterate_images(images):
-    """This process's share of a data set, as batches [B, 3, H, W]."""
-    for x, _ in make_loader(images, index_batches(len(images))):
-        yield x
-
-
-# ---- 3. The transformer --------------------------------------------------------------------------
-#     D width   K = D / heads, the channels of a head
-
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2)) over the last axis, times one learned weight per channel."""
-
-    def forward(self, x):                                    # under autocast q, k are bfloat16
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), eps=1e-6)
-
-
-def modulate(x, shift, scale):
-    """Shift and scale each channel of x [B, N, D] by values [B, 1, D] that depend on the label."""
-    return x * (1 + scale) + shift
-
-
-class Block(nn.Module):
-    """Attention and MLP. The label shifts, scales and gates both (adaLN-Zero, from DiT).
-
-    RMSNorm, normalised q and k, and projections without bias are inferred: with them the paper's XL
-    has exactly its published 675,160,896 parameters.
-    """
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
-        self.q, self.k, self.v, self.out = [nn.Linear(width, width, bias=False) for _ in range(4)]
-        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
-        self.modulation = nn.Linear(width, 6 * width)
-
-    def attention(self, x):
-        q = rearrange(self.q(x), "b n (h k) -> b h n k", h=self.heads)       # [B, heads, N, K]
-        k = rearrange(self.k(x), "b n (h k) -> b h n k", h=self.heads)
-        v = rearrange(self.v(x), "b n (h k) -> b h n k", h=self.heads)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            # On a CPU the fused backward pass is slower than this for TinyRAE's short sequences.
-            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5           # [B, heads, N, N]
-            y = scores.softmax(-1).to(v.dtype) @ v                           # [B, heads, N, K]
-        else:
-            y = F.scaled_dot_product_attention(q, k, v)                      # [B, heads, N, K]
-        return self.out(rearrange(y, "b h n k -> b n (h k)"))                # [B, N, D]
-
-    def forward(self, x, c):
-        modulation = self.modulation(c)[:, None]                             # [B, 1, 6 D]
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
-        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return x                                                             # [B, N, D]
-
-
-def sincos_positions(tokens, width):
-    """Return sines and cosines of the column and the row of each token of a square grid, [N, D]."""
-    side = math.isqrt(tokens)
-    frequency = 10_000 ** -(torch.arange(width // 4) / (width // 4))         # [D/4]
-    angle = torch.arange(side)[:, None] * frequency                          # [side, D/4]
-    line = torch.cat([angle.sin(), angle.cos()], dim=-1)                     # [side, D/2]
-    columns = line.repeat(side, 1)                                           # [N, D/2]
-    rows = line.repeat_interleave(side, dim=0)                               # [N, D/2]
-    return torch.cat([columns, rows], dim=-1)
-
-
-def unpatchify(x, p):
-    """Put tokens [B, N, p p C] of a square grid together as maps [B, C, H, W] of p x p patches."""
-    side = math.isqrt(x.shape[1])
-    return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
-
-
-class Transformer(nn.Module):
-    """Maps tokens [B, N, in_channels] and labels [B] to tokens [B, N, out_channels].
-
-    The label num_classes is the null label, "no class"; it is used where labels is None. The
-    denoiser, the decoder of TinyRAE and both halves of Sphere Encoder are made of it.
-    """
-
-    def __init__(self, tokens, in_channels, out_channels, width, depth, heads, num_classes=0,
-                 checkpoint_blocks=False):
-        super().__init__()
-        self.num_classes = num_classes
-        self.checkpoint_blocks = checkpoint_blocks
-        self.embed = nn.Linear(in_channels, width)
-        self.positions = nn.Parameter(sincos_positions(tokens, width), requires_grad=False)
-        self.label_embedding = nn.Embedding(num_classes + 1, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = RMSNorm(width)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, out_channels)
-        self.initialize()
-
-    def initialize(self):
-        """As in DiT: zero modulation makes each block the identity, a zero head the output zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.label_embedding.weight, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.modulation.weight)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.head.weight)
-
-    def forward(self, x, labels=None):
-        if labels is None:
-            labels = torch.full((len(x),), self.num_classes, device=x.device)
-        c = F.silu(self.label_embedding(labels))                                    # [B, D]
-        x = self.embed(x) + self.positions                                   # [B, N, D]
-        for block in self.blocks:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, use_reentrant=False)             # [B, N, D]
-            else:
-                x = block(x, c)                                              # [B, N, D]
-        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)          # [B, 1, D]
-        return self.head(modulate(self.norm(x), shift, scale))               # [B, N, out]
-
-
-class Denoiser(Transformer):
-    """Estimates clean latents, z_hat [B, N, C], from noisy latents [B, N, C] and labels [B].
-
-    It is not told the noise level. On the sphere all inputs have the same norm, and their angle to
-    the data has to be read from the content. We infer this from the parameter count of the paper's
-    XL model, which leaves no room for an embedding of the noise level.
-    """
-
-    def __init__(self, latent_shape, num_classes, width, depth, heads, checkpoint_blocks=False):
-        tokens, channels = latent_shape
-        super().__init__(tokens, channels, channels, width, depth, heads, num_classes,
-                         checkpoint_blocks)
-        self.latent_shape = latent_shape
-
-
-MODEL_SIZES = {              # width, depth, heads
-    "tiny": (256, 6, 4),
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}
-
-
-def denoiser_for(config, latent_shape, num_classes):
-    """A new Denoiser of size config.model_size for latents of shape (N, C)."""
-    width, depth, heads = MODEL_SIZES[config.model_size]
-    return Denoiser(latent_shape, num_classes, width, depth, heads, config.checkpoint_blocks)
-
-
-# ---- 4. Frozen autoencoders ----------------------------------------------------------------------
-# RAE is a frozen encoder, DINOv2, with a decoder trained on noisy latents. TinyRAE is a small RAE.
-# Its encoder is PCA of patches, in closed form: C numbers say how strongly a patch shows each
-# of C patterns. The patterns reach a little into the neighbouring patches, which hides the borders.
-# Each number is divided by the square root of its standard deviation. So fine patterns keep a
-# smaller variance than coarse ones, and noise hides them first. The decoder adds the patterns up; a
-# transformer, which sees all patches, and convolutions, which see across their borders, add what is
-# missing.
-#     P numbers in a patch   M feature maps
-
-def border_angles(size, patch_size):
-    """Return, for each pixel of a row, its partner [size] and its rotation angle [size].
-
-    The partner is the pixel's mirror image at the nearest border of patches. The angle falls from
-    45 degrees on the border to 0 at a distance of `reach` pixels, measured at the centres of the
-    pixels, and is negative to the right of the border. Beyond `reach`, a pixel is its own partner.
-    """
-    partner, angle = torch.arange(size), torch.zeros(size)
-    reach = patch_size // 4          # pixels on each side of a border; a quarter was best by trying
-    for border in range(patch_size, size, patch_size):
-        for k in range(reach):
-            left, right = border - 1 - k, border + k
-            partner[left], partner[right] = right, left
-            angle[left] = math.pi / 4 * (1 - (k + 0.5) / reach)
-            angle[right] = -angle[left]
-    return partner, angle
-
-
-class PatchPCA(nn.Module):
-    """PCA of overlapping patches: images [B, 3, H, W] to tokens [B, N, C] and back, both linear."""
-
-    def __init__(self, image_size, patch_size, channels):
-        super().__init__()
-        numbers = 3 * patch_size ** 2                                        # P
-        self.patch_size = patch_size
-        self.channels = channels
-        partner, angle = border_angles(image_size, patch_size)
-        self.register_buffer("partner", partner)                             # [H]
-        self.register_buffer("angle", angle)                                 # [H]
-        self.register_buffer("mean", torch.zeros(3, image_size, image_size))
-        self.register_buffer("analysis", torch.eye(numbers, channels))       # [P, C]
-        self.register_buffer("synthesis", torch.eye(channels, numbers))      # [C, P]
-
-    def rotate(self, images, angle):
-        """Mix pixels that mirror each other at a border: rotate each such pair by its angle.
-
-        Next to a border of large patches they become nearly their sum and their difference, over
-        sqrt(2). In smooth images the difference is almost 0. This is the lapped transform of audio
-        and image coding.
-        """
-        for _ in range(2):                                   # along one axis, then the other
-            images = images.transpose(2, 3)
-            images = angle.cos() * images + angle.sin() * images[..., self.partner]
-        return images
-
-    def patches(self, images):
-        p = self.patch_size
-        rotated = self.rotate(images - self.mean, self.angle)                # [B, 3, H, W]
-        return rearrange(rotated, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)    # [B, N, P]
-
-    @torch.no_grad()
-    def fit(self, images):
-        """Compute the mean image and the patterns from images [n, 3, H, W]."""
-        self.mean.copy_(images.mean(0))
-        patches = self.patches(images).flatten(0, 1).cpu().double()          # [n N, P]
-        variances, patterns = torch.linalg.eigh(torch.cov(patches.T))        # ascending
-        variances = variances.flip(0)[:self.channels].clamp(min=1e-8)        # [C]
-        patterns = patterns.flip(1)[:, :self.channels]                       # [P, C]
-        root = variances.sqrt().sqrt()                       # of the standard deviation
-        scale = root * (variances / root ** 2).mean().sqrt()                 # mean variance 1
-        self.analysis.copy_(patterns / scale)
-        self.synthesis.copy_((patterns * scale).T)
-
-    def encode(self, images):
-        return self.patches(images) @ self.analysis                          # [B, N, C]
-
-    def decode(self, z):
-        rotated = unpatchify(z @ self.synthesis, self.patch_size)            # [B, 3, H, W]
-        return self.rotate(rotated, -self.angle) + self.mean
-
-
-class PixelDecoder(nn.Module):
-    """Returns a correction [B, 3, H, W] to the image that PatchPCA makes of tokens [B, N, C]."""
-
-    def __init__(self, tokens, channels, patch_size, width, depth, heads, num_classes=0,
-                 checkpoint_blocks=False, feature_maps=32, hidden=48):
-        super().__init__()
-        self.half_patch = patch_size // 2
-        self.transformer = Transformer(tokens, channels, feature_maps * self.half_patch ** 2,
-                                       width, depth, heads, num_classes, checkpoint_blocks)
-        # Convolutions at half the size, a quarter of the work: 12 = 3 colours of 2 x 2 pixels.
-        self.conv_in = nn.Conv2d(feature_maps + 12, hidden, 3, padding=1)
-        self.residual = nn.ModuleList([nn.Sequential(
-            nn.GELU(), nn.Conv2d(hidden, hidden, 3, padding=1),
-            nn.GELU(), nn.Conv2d(hidden, hidden, 3, padding=1)) for _ in range(2)])
-        self.conv_out = nn.Conv2d(hidden, 12, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
-        self.to(memory_format=torch.channels_last)           # the faster layout on a CPU
-
-    def forward(self, z, image, labels=None):
-        maps = unpatchify(self.transformer(z, labels), self.half_patch)      # [B, M, H/2, W/2]
-        pixels = F.pixel_unshuffle(image - 0.5, 2)                           # [B, 12, H/2, W/2]
-        x = torch.cat([maps, pixels], dim=1).contiguous(memory_format=torch.channels_last)
-        x = self.conv_in(x)                                                  # [B, hidden, H/2, W/2]
-        for block in self.residual:
-            x = x + block(x)
-        return F.pixel_shuffle(self.conv_out(F.gelu(x)), 2)                  # [B, 3, H, W]
-
-
-class TinyRAE(nn.Module):
-    """RAE in miniature: images [B, 3, H, W] to latents [B, N, C] and back. fit_tiny_rae freezes it.
-
-    Averaged over the channels, latents have mean 0 and variance 1. Coarse channels vary more.
-    """
-
-    def __init__(self, image_size, patch_size, channels):
-        super().__init__()
-        tokens = (image_size // patch_size) ** 2
-        self.latent_shape = (tokens, channels)
-        self.pca = PatchPCA(image_size, patch_size, channels)
-        self.decoder = PixelDecoder(tokens, channels, patch_size, width=256, depth=2, heads=4)
-        # as in RAE; 0 and 1, because PatchPCA normalises its tokens
-        self.register_buffer("latent_mean", torch.zeros(1, channels))
-        self.register_buffer("latent_var", torch.ones(1, channels))
-
-    def encode(self, images):
-        """Turn images in [0, 1] into latents."""
-        return self.pca.encode(images)
-
-    def decode_unclamped(self, z):
-        """For training: clamp would stop the gradient outside [0, 1]."""
-        image = self.pca.decode(z)
-        return image + self.decoder(z, image).float()
-
-    def decode(self, z):
-        """Turn latents into images in [0, 1]."""
-        return self.decode_unclamped(z).clamp(0, 1)
-
-
-# The paper's autoencoder, Inception (for FID) and VGG (for Sphere Encoder's loss) have published
-# weights. They are fetched when they are needed; files in --weights-dir take precedence.
-# The digits at the end of a .pth name are the start of the file's SHA-256; downloads are checked.
-
-HUGGING_FACE_FILES = {       # name in --weights-dir: (repository, path in it)
-    "model.safetensors": ("timm/vit_base_patch14_reg4_dinov2.lvd142m", "model.safetensors"),
-    "model.pt": ("nyu-visionx/RAE-collections", "decoders/dinov2/wReg_base/ViTXL_n08/model.pt"),
-    "stat.pt": ("nyu-visionx/RAE-collections", "stats/dinov2/wReg_base/imagenet1k/stat.pt"),
-}
-INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
-VGG = "vgg16-397923af.pth"
-URLS = {
-    INCEPTION: f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}",
-    VGG: f"https://download.pytorch.org/models/{VGG}",
-}
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-
-
-def hugging_face_file(repository, path):
-    """The path of a file on Hugging Face: in the library's cache, or downloaded now."""
-    import huggingface_hub
-    cached = huggingface_hub.try_to_load_from_cache(repository, path)
-    if isinstance(cached, str):
-        return pathlib.Path(cached)
-    # Without a network this request fails at once; the download would retry for 30 seconds.
-    huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, path))
-    return pathlib.Path(huggingface_hub.hf_hub_download(repository, path))
-
-
-def find_weights(name, weights_dir=""):
-    """The path of a published file: in weights_dir, in the cache of its library, or fetched now."""
-    placed = pathlib.Path(weights_dir).expanduser() / name
-    if weights_dir and placed.is_file():
-        return placed
-    source = URLS.get(name) or " ".join(HUGGING_FACE_FILES[name])
-    with as_user_error(f"no {name} from {source}"):
-        if name in HUGGING_FACE_FILES:
-            return hugging_face_file(*HUGGING_FACE_FILES[name])
-        cached = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / name
-        if not cached.is_file():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(source, str(cached), hash_prefix=name[-12:-4])
-        return cached
-
-
-def read_weights(path):
-    with as_user_error(f"{path} cannot be read"):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def load_weights(module, path):
-    """Load a file of weights into a module; a missing or unexpected key is an error."""
-    weights = read_weights(path)
-    with as_user_error(f"{path} holds other weights"):
-        module.load_state_dict(weights)
-
-
-def rename_decoder_keys(decoder, state_dict, prefix, *unused):
-    """Rename published keys to those of nn.TransformerEncoderLayer; it joins query, key, value."""
-    names = {"attention.output.dense": "self_attn.out_proj", "intermediate.dense": "linear1",
-             "output.dense": "linear2", "layernorm_before": "norm1", "layernorm_after": "norm2"}
-    for number in range(len(decoder.decoder_layers)):
-        layer = f"{prefix}decoder_layers.{number}."
-        for kind in (".weight", ".bias"):
-            for published, name in names.items():
-                if layer + published + kind in state_dict:
-                    state_dict[layer + name + kind] = state_dict.pop(layer + published + kind)
-            parts = [f"{layer}attention.attention.{part}{kind}"
-                     for part in ("query", "key", "value")]
-            if set(parts) <= set(state_dict):
-                joined = torch.cat([state_dict.pop(part) for part in parts])
-                state_dict[f"{layer}self_attn.in_proj{kind.replace('.', '_')}"] = joined
-
-
-class RAEDecoder(nn.Module):
-    """RAE's decoder, a ViT as in MAE: maps tokens [B, N, C] to images [B, 3, H, W].
-
-    load_state_dict takes the published key names and is strict about them.
-    """
-
-    def __init__(self, latent_channels=768, tokens=256, width=1152, depth=28, heads=16,
-                 mlp_width=4096, patch_size=16):
-        super().__init__()
-        self.patch_size = patch_size
-        self.decoder_embed = nn.Linear(latent_channels, width)
-        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        positions = F.pad(sincos_positions(tokens, width), (0, 0, 1, 0))     # 0 for the class token
-        self.decoder_pos_embed = nn.Parameter(positions[None], requires_grad=False)
-        self.decoder_layers = nn.ModuleList([nn.TransformerEncoderLayer(
-            width, heads, mlp_width, dropout=0.0, activation="gelu", layer_norm_eps=1e-12,
-            batch_first=True, norm_first=True) for _ in range(depth)])
-        self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
-        self.decoder_pred = nn.Linear(width, 3 * patch_size ** 2)
-        self.register_load_state_dict_pre_hook(rename_decoder_keys)
-
-    def forward(self, z):
-        class_token = self.trainable_cls_token.expand(len(z), 1, -1)         # [B, 1, D]
-        x = torch.cat([class_token, self.decoder_embed(z)], dim=1)           # [B, 1 + N, D]
-        x = x + self.decoder_pos_embed
-        for layer in self.decoder_layers:
-            x = layer(x)
-        patches = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()     # [B, N, 3 p p]
-        images = unpatchify(patches, self.patch_size)                        # [B, 3, H, W]
-        return images * IMAGENET_STD.to(images) + IMAGENET_MEAN.to(images)
-
-
-class RAE(nn.Module):
-    """The paper's autoencoder, frozen: images [B, 3, 256, 256] to latents [B, 256, 768] and back.
-
-    Patches have 14 pixels in the encoder and 16 in the decoder, so images go in at 224 pixels and
-    come out at 256: 16 x 16 patches both times. pretrained=False: random weights, no statistics.
-    """
-
-    latent_shape = (256, 768)                                                # N, C
-
-    def __init__(self, weights_dir="", pretrained=True):
-        super().__init__()
-        import timm
-        file = str(find_weights("model.safetensors", weights_dir)) if pretrained else ""
-        with as_user_error(f"{file} is not DINOv2 with registers"):
-            self.encoder = timm.create_model(                # resamples positions, 37 to 16 a side
-                "vit_base_patch14_reg4_dinov2.lvd142m", pretrained=pretrained, num_classes=0,
-                img_size=224, pretrained_cfg_overlay={"file": file})
-        self.encoder.norm = nn.LayerNorm(768, eps=1e-6, elementwise_affine=False)    # as in RAE
-        self.decoder = RAEDecoder()
-        statistics = {"mean": torch.zeros(768, 1), "var": torch.ones(768, 1)}
-        if pretrained:
-            load_weights(self.decoder, find_weights("model.pt", weights_dir))
-            statistics = read_weights(find_weights("stat.pt", weights_dir))  # [C, 16, 16] or [C]
-        with as_user_error("stat.pt holds no mean and var of 768 channels"):
-            for name in ("mean", "var"):
-                values = statistics[name].float().reshape(768, -1).T         # [N, C] or [1, C]
-                self.register_buffer("latent_" + name, values.contiguous())
-        self.eval().requires_grad_(False)
-
-    def encode(self, images):
-        """Turn images in [0, 1] into latents with mean 0 and variance 1."""
-        x = F.interpolate(images, (224, 224), mode="bicubic")                # [B, 3, 224, 224]
-        x = (x - IMAGENET_MEAN.to(x)) / IMAGENET_STD.to(x)
-        tokens = self.encoder.forward_features(x).float()                    # [B, 5 + N, C]
-        z = tokens[:, 5:]                                    # no class token, no registers
-        return (z - self.latent_mean) / (self.latent_var + 1e-5).sqrt()
-
-    def decode(self, z):
-        """Turn latents into images in [0, 1]."""
-        return self.decoder(z * (self.latent_var + 1e-5).sqrt() + self.latent_mean).clamp(0, 1)
-
-
-def load_autoencoder(name, config=None, pretrained=True):
-    """Build "tiny", a TinyRAE of config's sizes that is not trained yet, or "dinov2-b", the paper's
-    RAE with the published weights or, with pretrained=False, random ones."""
-    config = config or Config()
-    if name == "tiny":
-        return TinyRAE(config.image_size, config.patch_size, config.latent_channels)
-    if name == "dinov2-b":
-        return RAE(config.weights_dir, pretrained)
-    raise UserError(f"no autoencoder {name}: choose tiny or dinov2-b")
-
-
-# ---- 5. The sphere -------------------------------------------------------------------------------
-#     A latent [N, C] is one vector of L = N C numbers. The sphere has the radius sqrt(L).
-#     With so many numbers a random e is nearly orthogonal to v and nearly as long. So the angle
-#     from v to f(cos(alpha) v + sin(alpha) e) is alpha, to within a few degrees.
-
-def spherify(z):
-    """f(z) = z / sqrt(mean(z^2)), the mean over all but the batch axis: the norm becomes sqrt(L).
-
-    z is [B, ...]; the result is float32 of the same shape. Zero stays zero; 1e-6 under the root, as
-    in Sphere Encoder, keeps the gradient there finite.
-    """
-    return F.rms_norm(z.float(), z.shape[1:], eps=1e-6)
-
-
-def noisy_spherify(v, e, alpha):
-    """f(cos(alpha) v + sin(alpha) e): v at 0, pure noise f(e) at pi/2.
-
-    v and e are [B, ...], alpha is a number or [B], radians. Below pi/2 this equals
-    f(v + sigma e) with sigma = tan(alpha), the form of Sphere Encoder's paper.
-    """
-    alpha = torch.as_tensor(alpha, dtype=torch.float32, device=v.device)
-    alpha = alpha.view(-1, *[1] * (v.dim() - 1))             # broadcasts over [B, ...]
-    return spherify(alpha.cos() * v.float() + alpha.sin() * e.float())
-
-
-def angle_between(a, b):
-    """Angles [B] between points a and b [B, ...], radians; exact for small angles too."""
-    a = spherify(a).flatten(1)
-    b = spherify(b).flatten(1)
-    return 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))
-
-
-def slerp(a, b, t):
-    """Spherical interpolation: the point at the share t (a number or [B]) of the arc from a to b.
-
-    Opposite points have no single arc between them and give 0.
-    """
-    a, b = spherify(a), spherify(b)
-    shape = (-1, *[1] * (a.dim() - 1))                       # broadcasts over [B, ...]
-    t = torch.as_tensor(t, dtype=torch.float32, device=a.device).view(shape)
-    omega = angle_between(a, b).view(shape)
-    on_arc = torch.sin((1 - t) * omega) * a + torch.sin(t * omega) * b
-    on_arc = on_arc / omega.clamp(min=1e-3)                  # keeps small angles above eps
-    on_line = torch.lerp(a, b, t)                            # for tiny angles on_arc vanishes
-    return spherify(torch.where(omega < 1e-3, on_line, on_arc))
-
-
-def sample_angles(batch, config, generator=None):
-    """Draw alpha_small and alpha_large, each [B], radians.
-
-    tan(alpha_small) = s tan(alpha_large), with s uniform from 0 to small_ratio. The paper draws
-    noise levels from a logit-normal whose parameters are unknown. In ours, alpha_large / max_angle
-    is logit-normal. "uniform-tangent" is Sphere Encoder's: one tangent in each of B intervals.
-    """
-    device = generator.device if generator is not None else None
-    largest = math.radians(config.max_angle)
-    if config.noise_distribution == "logit-normal":
-        normal = torch.randn(batch, generator=generator, device=device)
-        logit = config.noise_mean + config.noise_std * normal
-        alpha_large = largest * torch.sigmoid(logit)
-    elif config.noise_distribution == "uniform":
-        alpha_large = largest * torch.rand(batch, generator=generator, device=device)
-    else:                                                    # uniform-tangent
-        within_interval = torch.rand(batch, generator=generator, device=device)
-        r = (torch.arange(batch, device=device) + within_interval) / batch
-        alpha_large = torch.atan(r * math.tan(largest))
-    s = config.small_ratio * torch.rand(batch, generator=generator, device=device)
-    # = atan(s tan(alpha_large)); at 90 degrees rounding can make the cosine negative
-    alpha_small = torch.atan2(s * alpha_large.sin(), alpha_large.cos().clamp(min=0))
-    return alpha_small, alpha_large
-
-
-# ---- 6. The three losses -------------------------------------------------------------------------
-
-def distance(a, b):
-    """Mean squared error between latents [B, N, C], smooth L1 between images [B, 3, H, W]."""
-    if a.dim() == 4:
-        return F.smooth_l1_loss(a.float(), b.float())
-    return F.mse_loss(a.float(), b.float())
-
-
-def reconstruction_loss(z_hat_small, target):
-    """Loss 1: from little noise, return to the clean point."""
-    return distance(z_hat_small, target)
-
-
-def consistency_loss(z_hat_large, z_hat_small):
-    """Loss 2: from much noise, arrive where little noise arrived.
-
-    No gradient flows to z_hat_small, or the better estimate would be drawn to the worse one.
-    """
-    return distance(z_hat_large, z_hat_small.detach())
-
-
-def latent_consistency_loss(v_hat_large, v):
-    """Loss 3: from much noise, point where v points: 1 - cosine. No gradient to v.
-
-    It ties the view with much noise to the data itself, in direction alone.
-    """
-    cosine = (spherify(v_hat_large) * spherify(v.detach())).mean()           # norms are sqrt(L)
-    return 1 - cosine
-
-
-def sphere_losses(decode, encode, v, target, labels, e, alpha_small, alpha_large, config,
-                  perceptual=None):
-    """The training loss of both papers.
-
-                            decode           encode        v              target
-    Sphere Latent Encoder   the denoiser     f             f(z)           z
-    Sphere Encoder          its decoder D    f after E     f(E(image))    the image
-
-    v and e are [B, N, C], labels and angles [B]. decode(points, labels) is called once, for both
-    views. perceptual(images, images) is a further distance for Sphere Encoder.
-    Returns a dict of the losses without their weights, and their weighted sum as "total".
-    """
-    v_small = noisy_spherify(v, e, alpha_small)                              # [B, N, C]
-    v_large = noisy_spherify(v, e, alpha_large)                              # [B, N, C]
-    both = decode(torch.cat([v_small, v_large]), labels.repeat(2))           # latents or images
-    z_hat_small, z_hat_large = both.chunk(2)
-    losses = {
-        "reconstruction": reconstruction_loss(z_hat_small, target),
-        "consistency": consistency_loss(z_hat_large, z_hat_small),
-        "latent_consistency": latent_consistency_loss(encode(z_hat_large), v),
-    }
-    total = (config.reconstruction_weight * losses["reconstruction"]
-             + config.consistency_weight * losses["consistency"]
-             + config.latent_consistency_weight * losses["latent_consistency"])
-    if perceptual is not None:
-        losses["perceptual"] = (perceptual(z_hat_small, target)
-                                + perceptual(z_hat_large, z_hat_small.detach()))
-        total = total + losses["perceptual"]
-    losses["total"] = total
-    return losses
-
-
-# ---- 7. Training ---------------------------------------------------------------------------------
-
-def learning_rate_at(step, steps, largest):
-    """Linear warm-up over 50 updates, then constant, then linear decay over the second half."""
-    warm_up = (step + 1) / 50
-    decay = 2 - 2 * step / steps                             # 1 at half of the steps, then less
-    return largest * min(warm_up, 1, decay)
-
-
-def mirror(images, chosen):
-    """Mirror those images [B, 3, H, W] left to right for which chosen [B] is true."""
-    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
-
-
-def fit_tiny_rae(autoencoder, images, config):
-    """Compute the encoder of a TinyRAE from some images, train its decoder, freeze both.
-
-    The decoder sees noisy latents, because the denoiser's estimates will not be perfect either. Its
-    loss is the squared error of the pixels and of the differences between neighbouring pixels. The
-    constants (rate, noise, weight 3, clipping) were found by trying on the drawn flowers.
-    """
-    device, steps = autoencoder.latent_mean.device, config.autoencoder_steps
-    autoencoder.pca.fit(random_images(images, config.seed).to(device))
-    weights = list(autoencoder.decoder.parameters())
-    optimizer = torch.optim.Adam(weights, betas=(0.9, 0.95))
-    batches = random_index_batches(len(images), config, 0, steps)
-    bar = progress(make_loader(images, batches, device), "decoder", total=steps)
-    for step, (x, _) in enumerate(bar):
-        optimizer.param_groups[0]["lr"] = learning_rate_at(step, steps, 2e-3)
-        generator = seeded_generator(config.seed, step)
-        if config.flips:
-            x = mirror(x, torch.rand(len(x), generator=generator) < 0.5)     # [B, 3, H, W]
-        sigma = 0.25 * torch.randn(len(x), 1, 1, generator=generator).abs()
-        noise = sigma * torch.randn(len(x), *autoencoder.latent_shape, generator=generator)
-        x, noise = x.to(device), noise.to(device)
-        with autocast(device):
-            y = autoencoder.decode_unclamped(autoencoder.encode(x) + noise)  # [B, 3, H, W]
-        pixels = F.mse_loss(y, x)
-        across = F.mse_loss(y.diff(dim=3), x.diff(dim=3))
-        down = F.mse_loss(y.diff(dim=2), x.diff(dim=2))
-        optimizer.zero_grad()
-        (pixels + 3 * across + 3 * down).backward()
-        nn.utils.clip_grad_norm_(weights, 0.1)
-        optimizer.step()
-        if step % 10 == 9:
-            bar.set_postfix_str(f"squared error {pixels.item():.5f}")
-    return autoencoder.eval().requires_grad_(False)
-
-
-def file_tensor(path, shape):
-    """A float16 tensor whose memory is a file; the file is made if it is not there."""
-    numbers = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float16)
-    return numbers.view(shape)
-
-
-@torch.no_grad()
-def write_latents(autoencoder, images, path, shape):
-    """Encode images, and their mirror images if shape[0] is 2, into a float16 file of this shape.
-
-    Each process encodes its share. The file gets its name when it is whole.
-    """
-    device = autoencoder.latent_mean.device
-    temporary = path.with_name(path.name + ".part")
-    latents = file_tensor(temporary, shape)                                  # [1 or 2, n, N, C]
-    batches = index_batches(len(images))
-    loader = make_loader(images, batches, device)
-    for indices, (x, _) in zip(batches, progress(loader, "encoding", total=len(batches))):
-        for view in latents:                                 # 0: as they are, 1: mirrored
-            with autocast(device):
-                z = autoencoder.encode(x.to(device))                         # [B, N, C]
-            view[indices] = z.half().cpu()
-            x = x.flip(-1)
-    wait_for_all_processes()
-    if rank() == 0:
-        os.replace(temporary, path)
-    wait_for_all_processes()
-
-
-def encode_images(autoencoder, images, config, folder):
-    """Encode every image, and with flips its mirror image. Returns a data set of (latent, label).
-
-    The latents are in a file that all processes share; one that is there already is used. If the
-    disk has no room, the images are returned, and the autoencoder runs in every update.
-    """
-    views = 1 + config.flips
-    shape = (views, len(images), *autoencoder.latent_shape)
-    path, size = folder / "latents.bin", 2 * math.prod(shape)                # bytes
-    if rank() == 0:
-        path.with_name("latents.bin.part").unlink(missing_ok=True)           # of an interruption
-    wait_for_all_processes()
-    is_there = path.exists() and path.stat().st_size == size
-    has_room = is_there or size < 0.9 * shutil.disk_usage(folder).free
-    if any_process(not has_room):
-        say(f"no room in {folder} for {size / 1e9:.1f} GB of latents: the autoencoder will run in "
-            "every update, which is slower")
-        return images
-    if not is_there:
-        write_latents(autoencoder, images, path, shape)
-    latents = file_tensor(path, shape)
-    return TensorDataset(latents.flatten(0, 1), images.labels.repeat(views))
-
-
-class Objective(nn.Module):
-    """Maps a batch to its losses. A module, because DistributedDataParallel wraps only modules."""
-
-    def __init__(self, model, loss_function):
-        super().__init__()
-        self.model = model                                   # so that its parameters are found
-        self.loss_function = loss_function
-
-    def forward(self, *batch):
-        return self.loss_function(*batch)
-
-
-def update(model, objective, optimizer, x, labels, config, step):
-    """Make one update from this process's part (x, labels) of a batch. Returns a dict of losses.
-
-    All that is random is drawn for the whole batch: any number of processes gives the same result.
-    """
-    device = next(model.parameters()).device
-    x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    generator = seeded_generator(config.seed, step, device)
-    is_mirrored = torch.rand(config.batch_size, generator=generator, device=device) < 0.5
-    is_dropped = torch.rand(config.batch_size, generator=generator, device=device) < LABEL_DROPOUT
-    alpha_small, alpha_large = sample_angles(config.batch_size, config, generator)
-    e = torch.randn(config.batch_size, *model.latent_shape, generator=generator, device=device)
-    if x.dim() == 4 and config.flips:                        # images; latents include mirror images
-        x = mirror(x, my_part(is_mirrored))
-    labels = labels.masked_fill(my_part(is_dropped), model.num_classes)      # for guidance
-    batch = (x, labels, my_part(e), my_part(alpha_small), my_part(alpha_large))
-
-    optimizer.zero_grad()
-    totals = []
-    chunks = [tensor.chunk(config.accumulate) for tensor in batch]
-    for i, micro_batch in enumerate(zip(*chunks), 1):
-        # DistributedDataParallel exchanges gradients where this is true: in the last part alone
-        objective.require_backward_grad_sync = i == config.accumulate
-        with autocast(device):
-            losses = objective(*micro_batch)
-        (losses["total"] / config.accumulate).backward()
-        totals.append(torch.stack([loss.detach() for loss in losses.values()]))
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    means = torch.stack(totals).mean(0)
-    return {**dict(zip(losses.keys(), means)), "gradient_norm": norm.detach()}
-
-
-@torch.no_grad()
-def update_average(average, model, decay):
-    """Update the exponential moving average (EMA) of the weights, which generates the images."""
-    for averaged, current in zip(average.parameters(), model.parameters()):
-        averaged.lerp_(current, 1 - decay)
-
-
-def mean_losses(recent):
-    """Average dicts of scalars over updates and processes. Returns a dict of floats."""
-    table = torch.stack([torch.stack(list(losses.values())) for losses in recent])
-    means = sum_over_processes(table.mean(0)) / world_size()
-    return dict(zip(recent[0], means.tolist()))
-
-
-class StopRequest:
-    """Ctrl-C, or SIGTERM from a cluster's scheduler: the training loop saves, then stops."""
-
-    def __enter__(self):
-        self.received = False
-        self.old_handlers = {}                               # only the main thread may set them
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.old_handlers[number] = signal.signal(number, self.receive)
-        return self
-
-    def receive(self, number, frame):
-        self.received = True
-
-    def __exit__(self, *error):
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
-
-    def any_process_received(self, done):
-        """Several processes ask each other at every tenth update."""
-        if world_size() > 1 and done % 10 != 0:
-            return False
-        return any_process(self.received)
+    """This process's share of the indices below count, as pairs (number of the batch, indices)."""
+    batches = [batch.tolist() for batch in torch.arange(count).split(size)]
+    return list(enumerate(batches))[rank()::world_size()]
+
+
+def all_batches(images, device):
+    """Yield this process's share of all images, as batches [B, 3, H, W] in [0, 1] on the device."""
+    batches = [indices for _, indices in index_batches(len(images))]
+    for pixels, _ in make_loader(images, batches, device):
+        yield pixels.to(device, non_blocking=True) / 255
+
+
+# ---- 12. The training loop -----------------------------------------------------------------------
+
+def find_device(name):
+    """Return a torch.device that works for "auto", "cpu", "cuda:1" and so on."""
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    with as_user_error(f"--device {name} cannot be used"):
+        if name == "cuda" and "LOCAL_RANK" in os.environ:    # torchrun: a GPU for each process
+            name = "cuda:" + os.environ["LOCAL_RANK"]
+            torch.cuda.set_device(name)
+        torch.zeros(1, device=name).tolist()                 # "meta" gives nothing back
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")           # TF32, for RAE
+    return device
 
 
 def save_checkpoint(path, state):
@@ -1441,8 +1454,8 @@ def read_checkpoint(path):
         path = path / "checkpoint.pt"
     if not path.exists():
         raise UserError(f"no checkpoint {path}; an unfinished run goes on with train --resume RUN")
-    state = read_weights(path)
-    with as_user_error(f"{path} is not a checkpoint of this program"):
+    with as_user_error(f"{path} cannot be read, or is not a checkpoint of this program"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
         unknown = set(state["config"]) - {field.name for field in dataclasses.fields(Config)}
         if unknown:
             raise UserError(f"{path} is from another version, with the settings "
@@ -1452,169 +1465,149 @@ def read_checkpoint(path):
 
 
 def write_table(path, rows):
-    """Write dicts to a .csv file. A key that a dict lacks leaves an empty cell."""
-    names = list(dict.fromkeys(name for row in rows for name in row))        # of all, in order
+    """Write dicts with the same keys to a .csv file."""
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def restore(parts, classes, path):
-    """Load model, average and optimizer from a checkpoint, if it is there. Returns step and log."""
-    if not path.exists():
-        return 0, []
-    state = read_checkpoint(path)
-    if state["classes"] != list(classes):
-        raise UserError(f"{path} is of other classes than the images that are there now")
-    with as_user_error(f"{path} does not fit this program"):
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    return state["step"], state["log"]
+def frozen_autoencoder(config, images, device):
+    """RAE, or a TinyRAE trained now, by the first process."""
+    torch.manual_seed(config.seed)
+    autoencoder = load_autoencoder(config.autoencoder, config).to(device)
+    if isinstance(autoencoder, RAE):
+        return autoencoder
+    if rank() == 0:
+        steps = range(config.autoencoder_steps)
+        batches = random_batches(images, config.batch_size, steps, config, "decoder", device)
+        bar = progress((x for x, _ in batches), "decoder", total=len(steps))
+        fit_tiny_rae(autoencoder, some_images(images, config.seed).to(device), bar, config)
+    if dist.is_initialized():
+        for tensor in autoencoder.state_dict().values():
+            dist.broadcast(tensor, 0)
+    return autoencoder.eval().requires_grad_(False)
 
 
-def fit(model, loss_function, dataset, classes, config, folder, keep, on_save):
-    """The training loop. Goes on from folder/checkpoint.pt if that exists; returns the EMA model.
+def some_images(images, seed):
+    """Choose images for PCA at random: 2,000, or fewer if they are large. Returns [n, 3, H, W]."""
+    numbers = images[0][0].numel()
+    count = max(20, min(2000, 10**8 // numbers))             # 10^8 float32 numbers are 0.4 GB
+    order = torch.randperm(len(images), generator=generator_for("PCA", seed))
+    pixels, _ = images.__getitems__(order[:count].tolist())
+    return pixels / 255
 
-    loss_function(x, labels, e, alpha_small, alpha_large) returns a dict with "total". keep: further
-    entries of the checkpoint. on_save(average, log) is called with every checkpoint.
+
+def loss_function(config, device):
+    """The function that training_step calls: sphere_losses, or Sphere Encoder's forward."""
+    if config.method == "sphere-latent":
+        return sphere_losses
+    perceptual = None
+    if config.perceptual_weight > 0:
+        perceptual = PerceptualDistance().to(device)
+
+    def losses(model, *batch):
+        return model(*batch, perceptual)
+
+    return losses
+
+
+@torch.no_grad()
+def micro_batches(autoencoder, x, labels, size):
+    """Cut a batch of images [B, 3, H, W] and labels [B] into parts, and encode the images.
+
+    Without an autoencoder (Sphere Encoder has its own) the images stay images.
     """
-    device, path = next(model.parameters()).device, folder / "checkpoint.pt"
+    parts = []
+    for images, some_labels in zip(x.split(size), labels.split(size)):
+        if autoencoder is not None:
+            images = autoencoder.encode(images)
+        parts.append((images, some_labels))
+    return parts
+
+
+def mean_losses(recent):
+    """Average dicts of scalars over updates and processes. Returns a dict of floats."""
+    table = torch.stack([torch.stack(list(losses.values())) for losses in recent])
+    means = sum_over_processes(table.mean(0)) / world_size()
+    return dict(zip(recent[0], means.tolist()))
+
+
+def save_run(folder, parts, classes, config, step, log):
+    """Write checkpoint.pt and log.csv. parts: what has a state_dict."""
+    if rank() == 0:
+        state = {name: part.state_dict() for name, part in parts.items()}
+        save_checkpoint(folder / "checkpoint.pt", {
+            **state, "step": step, "log": log, "classes": classes, "config": vars(config)})
+        if log:
+            write_table(folder / "log.csv", log)
+    wait_for_all_processes()
+
+
+def fit(model, autoencoder, images, config, folder, saved=None):
+    """The training loop. Returns the run: config, autoencoder, and the model with averaged weights.
+
+    model: a Denoiser, or a SphereEncoder, which needs no autoencoder. saved: a checkpoint to go on
+    from. A checkpoint and pictures are written every config.save_every updates.
+    """
+    device = next(model.parameters()).device
     say(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters")
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=device.type != "mps")
     parts = {"model": model, "average": average, "optimizer": optimizer}
-    first_step, log = restore(parts, classes, path)
-    began = time.time()
+    step, log, began = 0, [], time.time()
+    if saved is not None:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        step, log = saved["step"], saved["log"]
     if log:
         began -= log[-1]["seconds"]                          # those of the run so far
-    objective = Objective(model, loss_function)
+    if isinstance(autoencoder, TinyRAE):                     # a published one is not copied
+        parts["autoencoder"] = autoencoder
+    if autoencoder is None:
+        run = config, average, None
+    else:
+        run = config, autoencoder, average
+    if saved is None:
+        save_run(folder, parts, images.classes, config, step, log)           # TinyRAE is ready
+
+    network = torch.compile(model) if config.compile else model
     if world_size() > 1:
-        objective = nn.parallel.DistributedDataParallel(objective)
-    batches = map(my_part, random_index_batches(len(dataset), config, first_step,
-                                                config.train_steps))
-    bar = progress(make_loader(dataset, batches, device), config.method, initial=first_step,
-                   total=config.train_steps)
-    recent, done = [], first_step
-    with StopRequest() as stop:
-        for step, (x, labels) in enumerate(bar, first_step):
-            rate = learning_rate_at(step, config.train_steps, config.learning_rate)
-            optimizer.param_groups[0]["lr"] = rate
-            recent.append(update(model, objective, optimizer, x, labels, config, step))
-            done = step + 1
-            early_decay = (1 + done) / (10 + done)           # forgets the random start sooner
-            update_average(average, model, min(config.ema_decay, early_decay))
-
-            stopping = stop.any_process_received(done)
-            saving = stopping or done % config.save_every == 0 or done == config.train_steps
-            if saving or done % 10 == 0:
-                means = mean_losses(recent)
-                recent = []
-                if not math.isfinite(sum(means.values())):
-                    raise UserError(f"the loss is not finite near update {done}: lower "
-                                    f"--learning-rate; the last checkpoint is kept in {folder}")
-                log.append({"step": done, **means, "seconds": time.time() - began})
-                bar.set_postfix(reconstruction=f"{means['reconstruction']:.3f}")
-            if saving:
-                if rank() == 0:
-                    state = {name: part.state_dict() for name, part in parts.items()}
-                    save_checkpoint(path, {**state, **keep, "step": done, "log": log,
-                                           "classes": list(classes), "config": vars(config)})
-                    write_table(folder / "log.csv", log)
-                wait_for_all_processes()                     # until the checkpoint is written
-                on_save(average, log)
-            if stopping:
-                break
-        if any_process(stop.received):                       # perhaps during the last pictures
-            raise KeyboardInterrupt(
-                f"stopped after update {done} of {config.train_steps}; go on with: "
-                f"python sphere_latent.py train --resume {shlex.quote(str(folder))}")
-    if first_step == config.train_steps:                     # perhaps stopped before the pictures
-        on_save(average, log)
-    return average
+        network = nn.parallel.DistributedDataParallel(network)
+    loss_of = loss_function(config, device)
+    batches = random_batches(images, config.batch_size // world_size(),
+                             range(step, config.train_steps), config, "update", device)
+    bar = progress(batches, config.method, initial=step, total=config.train_steps)
+    recent = []
+    for x, labels in bar:
+        rate = learning_rate_at(step, config.train_steps, config.learning_rate)
+        optimizer.param_groups[0]["lr"] = rate
+        batch = micro_batches(autoencoder, x, labels, config.micro_batch)
+        generator = generator_for("noise", config.seed, step, rank(), device=device)
+        losses = training_step(network, average, optimizer, batch, config, generator, loss_of)
+        recent.append(losses)
+        step += 1
+        saving = step % config.save_every == 0 or step == config.train_steps
+        if saving or step % 10 == 0:
+            means = mean_losses(recent)
+            recent = []
+            if not math.isfinite(sum(means.values())):
+                raise UserError(f"the loss is not finite near update {step}: lower --learning-rate"
+                                f"; the last checkpoint is kept in {folder}")
+            log.append({"step": step, **means, "seconds": time.time() - began})
+            bar.set_postfix(reconstruction=f"{means['reconstruction']:.3f}")
+        if saving:
+            save_run(folder, parts, images.classes, config, step, log)
+            if step < config.train_steps:
+                progress_figures(run, images.classes, log, folder)
+    progress_figures(run, images.classes, log, folder)
+    return run
 
 
-# ---- 8. Sampling ---------------------------------------------------------------------------------
-
-def guided(network, x, labels, null_label, scale):
-    """Classifier-free guidance: network(x, labels), pushed away from network(x, null label)."""
-    if scale == 1:
-        return network(x, labels).float()
-    null_labels = torch.full_like(labels, null_label)
-    both = network(torch.cat([x, x]), torch.cat([labels, null_labels])).float()
-    conditional, unconditional = both.chunk(2)
-    return unconditional + scale * (conditional - unconditional)
-
-
-def share_noise(noise, share=0.4):
-    """Give the noise [steps, B, N, C] of later steps a part of the first step's; variance stays 1.
-
-    share 0: new noise in each step; 1: the same in all, which Sphere Encoder found best. 0.4 is
-    ours, found by trying on the drawn flowers.
-    """
-    later = share * noise[:1] + math.sqrt(1 - share ** 2) * noise[1:]
-    return torch.cat([noise[:1], later])
-
-
-@torch.no_grad()
-def sample(denoiser, labels, steps=4, cfg_scale=1.0, largest_tilt=math.pi / 2, noise=None,
-           generator=None, return_path=False):
-    """Generate latents z [B, N, C] from random points on the sphere: `steps` calls of the denoiser.
-
-    labels [B]; noise [steps, B, N, C], drawn if None. After call k of n the estimate is tilted back
-    into noise by (1 - k/n)^0.7 largest_tilt, radians: 74, 55 and 34 degrees for four steps. The
-    paper's angles and its noise are unknown; these were found by trying. The last estimate is
-    returned as it is, not spherified, as we read the paper's "raw final step".
-    return_path: also return all noisy points and estimates, in turn.
-    """
-    if noise is None:
-        noise = share_noise(torch.randn(
-            steps, len(labels), *denoiser.latent_shape, generator=generator,
-            device=labels.device if generator is None else generator.device))
-    noise = noise.to(labels.device)                                          # [steps, B, N, C]
-    v, trajectory = spherify(noise[0]), []                                   # [B, N, C]
-    for k in range(1, steps + 1):
-        z_hat = guided(denoiser, v, labels, denoiser.num_classes, cfg_scale)         # [B, N, C]
-        trajectory += [v, z_hat]
-        if k < steps:
-            alpha = (1 - k / steps) ** 0.7 * largest_tilt
-            v = noisy_spherify(spherify(z_hat), noise[k], alpha)             # [B, N, C]
-    return (z_hat, trajectory) if return_path else z_hat
-
-
-def seeded_noise(indices, latent_shape, seed, draws):
-    """Noise [draws, B, N, C] for the images with these indices, whatever batch they are in."""
-    noise = [torch.randn(draws, *latent_shape, generator=seeded_generator(seed, index))
-             for index in indices]
-    return torch.stack(noise, dim=1)
-
-
-@torch.no_grad()
-def sample_batches(denoiser, autoencoder, labels, config, steps):
-    """Generate an image for each label [n]. Yields (indices, images), this process's part."""
-    device, largest_tilt = next(denoiser.parameters()).device, math.radians(config.tilt)
-    for indices in index_batches(len(labels)):
-        noise = seeded_noise(indices, denoiser.latent_shape, config.seed, steps).to(device)
-        y = labels[indices].to(device)
-        with autocast(device):
-            if config.method == "sphere-encoder":            # the denoiser is that of section 10
-                images = denoiser.sample(y, steps, config.cfg_scale, largest_tilt, noise[0])
-            else:
-                z = sample(denoiser, y, steps, config.cfg_scale, largest_tilt, share_noise(noise))
-                images = autoencoder.decode(z)
-        if not images.isfinite().all():
-            raise UserError("the samples are not finite: the weights of this run are damaged")
-        yield indices, images.float().cpu()
-
-
-def sample_images(denoiser, autoencoder, labels, config, steps):
-    """Generate an image for each label [n]. Returns all, [n, 3, H, W], in every process."""
-    images = torch.zeros(len(labels), 3, config.image_size, config.image_size)
-    for indices, some in sample_batches(denoiser, autoencoder, labels, config, steps):
-        images[indices] = some
-    return sum_over_processes(images)                        # each drew its part
-
+# ---- 13. Pictures --------------------------------------------------------------------------------
+# A run is (config, autoencoder, denoiser). A Sphere Encoder is an autoencoder that generates: in
+# its runs denoiser is None.
 
 def balanced_labels(count, num_classes):
     """Return `count` labels spread evenly over the classes, even if they are fewer."""
@@ -1623,291 +1616,57 @@ def balanced_labels(count, num_classes):
     return torch.arange(count) % num_classes
 
 
-# ---- 9. FID --------------------------------------------------------------------------------------
+@torch.no_grad()
+def sample_batches(run, labels, steps):
+    """Generate an image for each label [n]: yields (indices, images [B, 3, H, W] on the device).
 
-def frechet_distance(mean_a, cov_a, mean_b, cov_b):
-    """Squared Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)).
-
-    tr (A B)^(1/2) is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is
-    symmetric: no complex numbers appear, and singular covariances are allowed. float64.
+    Under torchrun each process yields its share. Noise depends on the seed and on the number of the
+    batch, and is drawn on the device.
     """
-    m_a, a, m_b, b = [torch.as_tensor(x).double() for x in (mean_a, cov_a, mean_b, cov_b)]
-    values, vectors = torch.linalg.eigh(a)
-    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    trace_of_root = torch.linalg.eigvalsh(root_a @ b @ root_a).clamp(min=0).sqrt().sum()
-    return float((m_a - m_b).square().sum() + a.trace() + b.trace() - 2 * trace_of_root)
+    config, autoencoder, denoiser = run
+    model = autoencoder if denoiser is None else denoiser
+    device, tilt = next(model.parameters()).device, math.radians(config.tilt)
+    for number, indices in index_batches(len(labels)):
+        y = labels[indices].to(device)
+        generator = generator_for("sample", config.seed, number, device=device)
+        # drawn step by step, so that the first noise is the same for any number of steps
+        noise = torch.stack([
+            torch.randn(len(y), *model.latent_shape, generator=generator, device=device)
+            for _ in range(steps)])                                          # [steps, B, N, C]
+        with autocast(device, config.precision):
+            if denoiser is None:
+                images = autoencoder.sample(y, steps, config.cfg_scale, tilt, noise[0])
+            else:
+                z = sample(denoiser, y, steps, config.cfg_scale, tilt, noise)
+        if denoiser is not None:
+            images = autoencoder.decode(z)
+        yield indices, images
 
 
-class InceptionFID(nn.Module):
-    """Maps images [B, 3, H, W] in [0, 1] to pool features [B, 2048] and logits [B, 1008].
-
-    The network of the original FID: torchvision's Inception v3 with the weights of the TensorFlow
-    graph and its peculiarities. There are 1008 outputs, average pools do not count the padding, and
-    the last block pools by maximum. weights: a file; None: the published one.
-    """
-
-    def __init__(self, weights=None):
-        super().__init__()
-        from torchvision.models import inception_v3
-        self.network = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
-        load_weights(self.network, weights or find_weights(INCEPTION))
-        self.fc = self.network.fc
-        self.network.fc = nn.Identity()
-        for name, block in self.network.named_children():
-            if hasattr(block, "branch_pool"):
-                self.replace_pool(block, use_maximum=name == "Mixed_7c")
-        self.eval().requires_grad_(False)
-
-    @staticmethod
-    def replace_pool(block, use_maximum):
-        """torchvision calls branch_pool(avg_pool2d(x)). Keep x; give branch_pool our pooling."""
-        kept = {}
-
-        def keep_input(block, inputs):
-            kept["x"] = inputs[0]
-
-        def pool_again(branch, pooled):
-            if use_maximum:
-                return F.max_pool2d(kept["x"], 3, stride=1, padding=1)
-            return F.avg_pool2d(kept["x"], 3, stride=1, padding=1, count_include_pad=False)
-
-        block.register_forward_pre_hook(keep_input)
-        block.branch_pool.register_forward_pre_hook(pool_again)
-
-    def forward(self, images):
-        x = F.interpolate(images.float(), (299, 299), mode="bilinear", align_corners=False)
-        features = self.network(2 * x - 1)                                   # [B, 2048]
-        return features, self.fc(features)
-
-
-class UntrainedFeatures(nn.Module):
-    """Maps images [B, 3, H, W] in [0, 1] to 256 features: convolutions with fixed random weights.
-
-    They need no download and favour no run. Their distance compares runs on the same images and is
-    not an FID.
-    """
-
-    def __init__(self):
-        super().__init__()
-        widths = [3, 32, 64, 128, 128]
-        self.convs = nn.ModuleList()
-        for i in range(4):
-            conv = nn.Conv2d(widths[i], widths[i + 1], 4, stride=2, padding=1, bias=False)
-            nn.init.orthogonal_(conv.weight, gain=2 ** 0.5, generator=seeded_generator(0, i))
-            self.convs.append(conv)
-
-    def forward(self, images):
-        x = 2 * F.interpolate(images.float(), (64, 64), mode="bilinear") - 1
-        for conv in self.convs:
-            x = F.relu(conv(x))                                              # [B, width, H/2, W/2]
-        return torch.cat([x.mean((2, 3)), x.std((2, 3))], dim=1), None
+def sample_images(run, labels, steps):
+    """Generate an image for each label [n]. Returns all, [n, 3, H, W], in every process."""
+    size = run[0].image_size
+    images = torch.zeros(len(labels), 3, size, size)
+    for indices, some in sample_batches(run, labels, steps):
+        images[indices] = some.cpu()
+    sum_over_processes(images)                               # each drew its share
+    if not images.isfinite().all():
+        raise UserError("the samples are not finite: the weights of this run are damaged")
+    return images
 
 
 @torch.no_grad()
-def feature_statistics(network, batches):
-    """Return mean and covariance of the features of all images, and the Inception Score.
-
-    batches: this process's part of the images. The score is None for a network without logits. It
-    uses logits without bias, as the original does, and all images at once, not ten parts of them.
-    """
-    device = next(network.parameters()).device
-    features, logits = network(torch.zeros(1, 3, 64, 64, device=device))     # to know the sizes
-    size, classes = features.shape[1], 0 if logits is None else logits.shape[1]
-    n = torch.zeros((), dtype=torch.float64)                 # these five: sums over the images
-    first = torch.zeros(size, dtype=torch.float64)
-    second = torch.zeros(size, size, dtype=torch.float64)
-    p = torch.zeros(classes, dtype=torch.float64)
-    entropy = torch.zeros((), dtype=torch.float64)
-    for images in batches:
-        images = (255 * images.to(device)).round() / 255     # 8 bits, as in image files
-        features, logits = network(images)
-        features = features.cpu().double()                                   # [B, features]
-        n += len(features)
-        first += features.sum(0)
-        second += features.T @ features
-        if logits is not None:
-            p_of_image = (logits - network.fc.bias).cpu().double().softmax(1)        # [B, classes]
-            p += p_of_image.sum(0)
-            entropy += torch.special.entr(p_of_image).sum()
-    for total in (n, first, second, p, entropy):
-        sum_over_processes(total)
-    mean = first / n
-    covariance = (second - n * torch.outer(mean, mean)) / (n - 1)
-    score = None
-    if classes > 0:                                          # exp(H(mean p) - mean H(p))
-        score = (torch.special.entr(p / n).sum() - entropy / n).exp().item()
-    return mean, covariance, score
-
-
-def rebuild(autoencoder, x):
+def rebuild(run, images):
     """Encode and decode images [B, 3, H, W]. Returns the results and their PSNR [B], decibels."""
-    device = next(autoencoder.parameters()).device
-    with torch.no_grad(), autocast(device):
-        y = autoencoder.decode(autoencoder.encode(x.to(device))).float().clamp(0, 1).cpu()
-    error = (x - y).square().mean((1, 2, 3)).clamp(min=1e-10)
-    return y, -10 * error.log10()
-
-
-STEP_COUNTS = (1, 2, 4, 6)
-
-
-def evaluate_run(name, run, network, held_out, reference, unit):
-    """Yield the rows of the table for one run: rebuilt held-out images, then samples at 1, 2, 4
-    and 6 steps. The distance to `reference` is divided by unit."""
     config, autoencoder, denoiser = run
-    models = {autoencoder, denoiser}                         # a set: Sphere Encoder is both
-    parameters = sum(p.numel() for model in models for p in model.parameters())
-    decibels = torch.zeros(1, dtype=torch.float64)           # rebuilt_images adds to it
-
-    def rebuilt_images():
-        for x in iterate_images(held_out):
-            y, psnr = rebuild(autoencoder, x)
-            decibels.add_(psnr.sum())
-            yield y
-
-    def measure(kind, batches):
-        mean, covariance, score = feature_statistics(network, batches)
-        fid = frechet_distance(mean, covariance, *reference) / unit
-        return {"run": name, "images": kind, "parameters": parameters, "ms_per_image": "",
-                "psnr": "", "inception_score": "" if score is None else f"{score:.2f}",
-                "frechet_distance": f"{fid:.4f}"}
-
-    row = measure("rebuilt", rebuilt_images())
-    row["psnr"] = f"{sum_over_processes(decibels).item() / len(held_out):.2f}"
-    yield row
-    labels = balanced_labels(config.eval_samples, denoiser.num_classes)
-    sample_images(denoiser, autoencoder, labels[:50], config, 1)             # warm up, not timed
-    for steps in STEP_COUNTS:
-        began = time.perf_counter()
-        sample_images(denoiser, autoencoder, labels[:50], config, steps)
-        milliseconds = 1000 * (time.perf_counter() - began) / len(labels[:50])
-        batches = sample_batches(denoiser, autoencoder, labels, config, steps)
-        what = "1 step" if steps == 1 else f"{steps} steps"
-        bar = progress(batches, what, total=len(index_batches(len(labels))), leave=False)
-        row = measure(what, (images for _, images in bar))
-        row["ms_per_image"] = f"{milliseconds:.1f}"
-        yield row
-
-
-def evaluate(runs):
-    """Print a table of runs of one data set, {name: (config, autoencoder, denoiser)}. Returns rows.
-
-    With the paper's autoencoder the distance is FID, to the training images. Otherwise it is in
-    untrained features, to the held-out images, in units of their variance.
-    """
-    config, _, denoiser = next(iter(runs.values()))
-    device = next(denoiser.parameters()).device
-    kinds = {(c.dataset, c.data_dir, c.image_size, c.uses_rae(), c.eval_samples)
-             for c, _, _ in runs.values()}
-    if len(kinds) > 1:
-        raise UserError("these runs differ in images, autoencoder or --eval-samples: evaluate them "
-                        "one by one")
-    held_out = load_images(config, "test")
-    if config.uses_rae():
-        network = InceptionFID(find_weights(INCEPTION, config.weights_dir)).to(device)
-        real, unit = load_images(config, "train"), 1.0
-        mean, covariance, _ = feature_statistics(network, iterate_images(real))
-        say(f"Fréchet distance: FID-{config.eval_samples} to {len(real):,} training images")
-        if min(config.eval_samples, len(held_out)) < 2048:
-            say("warning: FID is too high for few images, above all for fewer than 2,048")
+    if denoiser is None:
+        with autocast(images.device, config.precision):
+            rebuilt = autoencoder.decode(autoencoder.encode(images)).clamp(0, 1)
     else:
-        network = UntrainedFeatures().to(device)
-        mean, covariance, _ = feature_statistics(network, iterate_images(held_out))
-        unit = covariance.trace().clamp(min=1e-9).item()
-        say(f"Fréchet distance: in untrained features, {config.eval_samples} samples to "
-            f"{len(held_out):,} held-out images, in units of their variance")
-    line = "{:20} {:8} {:>12} {:>9} {:>6} {:>16} {:>17}"
-    say(line.format("run", "images", "parameters", "ms/image", "PSNR", "Inception Score",
-                    "Fréchet distance"))
-    rows = []
-    for name, run in runs.items():
-        for row in evaluate_run(name, run, network, held_out, (mean, covariance), unit):
-            say(line.format(*row.values()))
-            rows.append(row)
-    return rows
+        rebuilt = autoencoder.decode(autoencoder.encode(images))
+    error = (images - rebuilt).square().mean((1, 2, 3)).clamp(min=1e-10)
+    return rebuilt, -10 * error.log10()
 
-
-# ---- 10. Sphere Encoder --------------------------------------------------------------------------
-
-class SphereEncoder(nn.Module):
-    """The predecessor: an encoder E and a decoder D, trained together on pixels.
-
-    E maps an image to a point on the sphere; D maps any point on the sphere, however noisy, to an
-    image, and so is the generator. Both get the label. That both start from PCA of patches is ours.
-    """
-
-    def __init__(self, config, num_classes):
-        super().__init__()
-        width, depth, heads = MODEL_SIZES[config.model_size]
-        sizes = {"width": width, "depth": depth, "heads": heads, "num_classes": num_classes,
-                 "checkpoint_blocks": config.checkpoint_blocks}
-        tokens, channels = (config.image_size // config.patch_size) ** 2, config.latent_channels
-        self.latent_shape = (tokens, channels)
-        self.num_classes = num_classes
-        self.pca = PatchPCA(config.image_size, config.patch_size, channels)
-        self.encoder = Transformer(tokens, channels, channels, **sizes)
-        self.decoder = PixelDecoder(tokens, channels, config.patch_size, **sizes)
-
-    def encode(self, images, labels=None):
-        """Return f(E(images)): points on the sphere [B, N, C] for images [B, 3, H, W]."""
-        z = self.pca.encode(images)
-        return spherify(z + self.encoder(z, labels))
-
-    def decode(self, v, labels=None):
-        """Return D(v): images [B, 3, H, W], not clamped, for points on the sphere [B, N, C]."""
-        image = self.pca.decode(v)
-        return image + self.decoder(v, image, labels).float()
-
-    def losses(self, images, labels, e, alpha_small, alpha_large, config, perceptual=None):
-        """Compute sphere_losses with D, E and images in place of the denoiser, f and latents."""
-        def encode(x):
-            return self.encode(x, labels)
-
-        return sphere_losses(self.decode, encode, encode(images), images, labels, e, alpha_small,
-                             alpha_large, config, perceptual)
-
-    @torch.no_grad()
-    def sample(self, labels, steps=4, cfg_scale=1.0, angle=math.radians(85), noise=None):
-        """Generate images [B, 3, H, W] from random points. E and D both run in every step.
-
-        The first point is f(noise); all steps tilt with the same noise [B, N, C] and angle, which
-        its paper found best. Guidance acts on both halves, with the square root of cfg_scale each.
-        """
-        if noise is None:
-            noise = torch.randn(len(labels), *self.latent_shape, device=labels.device)
-        null, scale = self.num_classes, math.sqrt(cfg_scale)
-        x = guided(self.decode, spherify(noise), labels, null, scale)
-        for _ in range(steps - 1):
-            v = spherify(guided(self.encode, x, labels, null, scale))
-            x = guided(self.decode, noisy_spherify(v, noise, angle), labels, null, scale)
-        return x.clamp(0, 1)
-
-
-class PerceptualDistance(nn.Module):
-    """Distance of images [B, 3, H, W] in the features of VGG16 before each of its five poolings."""
-
-    def __init__(self, weights):
-        super().__init__()
-        from torchvision.models import vgg16
-        network = vgg16()
-        load_weights(network, weights)
-        self.layers = network.features.eval().requires_grad_(False)
-
-    def forward(self, a, b):
-        x = torch.cat([a, b])
-        x = (x - IMAGENET_MEAN.to(x)) / IMAGENET_STD.to(x)
-        total = 0.0
-        for layer in self.layers:
-            if isinstance(layer, nn.MaxPool2d):
-                features_a, features_b = F.normalize(x.float(), dim=1).chunk(2)      # as in LPIPS
-                total = total + (features_a - features_b).square().sum(1).mean()
-                if x.shape[-1] == 1:                         # 1 x 1 maps cannot be pooled
-                    break
-            x = layer(x)
-        return total
-
-
-# ---- 11. Figures ---------------------------------------------------------------------------------
 
 def picture(path, rows, row_names, column_names=()):
     """Write a sheet of images: rows is a list of [n, 3, H, W] in [0, 1], with a name for each."""
@@ -1915,44 +1674,40 @@ def picture(path, rows, row_names, column_names=()):
         return
     from matplotlib.figure import Figure
     side, columns = rows[0].shape[-1], len(rows[0])
-    most = 30_000 // max(columns, len(rows))                 # at most 30,000 pixels a side
-    pixels_of_an_image = max(128, min(side, most))           # but 128 for an image in any case
-    figure = Figure((columns, len(rows)), dpi=pixels_of_an_image)            # an inch for each
+    figure = Figure((columns, len(rows)), dpi=max(128, side))                # an inch for an image
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(rearrange(torch.stack(rows), "r n c h w -> (r h) (n w) c").numpy(), aspect="auto")
-    names = []
-    for name in (*row_names, *column_names):                 # the font lacks many scripts
-        if max(map(ord, name), default=0) > 0x52F:
-            name = name.encode("ascii", "backslashreplace").decode()
-        names.append(name[:24])
-    middles = [side * (n + 0.5) for n in range(len(names))]
-    axes.set_yticks(middles[:len(rows)], names[:len(rows)], parse_math=False)
-    axes.set_xticks(middles[:len(column_names)], names[len(rows):], parse_math=False)
+    sheet = rearrange(torch.stack(rows).cpu(), "r n c h w -> (r h) (n w) c")
+    axes.imshow(sheet.numpy(), aspect="auto")
+    names = [name[:24] for name in row_names]
+    axes.set_yticks([side * (n + 0.5) for n in range(len(names))], names, parse_math=False)
+    names = [name[:24] for name in column_names]
+    axes.set_xticks([side * (n + 0.5) for n in range(len(names))], names, parse_math=False)
     axes.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.05)
 
 
-def sample_figure(denoiser, autoencoder, classes, config, path):
+STEP_COUNTS = (1, 2, 4, 6)
+
+
+def sample_figure(run, classes, path):
     """The same random points after 1, 2, 4 and 6 steps, a class in each column."""
     labels = balanced_labels(12, len(classes))
-    rows = [sample_images(denoiser, autoencoder, labels, config, n) for n in STEP_COUNTS]
-    picture(path, rows, [f"steps: {n}" for n in STEP_COUNTS], [classes[y] for y in labels])
+    rows = [sample_images(run, labels, steps) for steps in STEP_COUNTS]
+    picture(path, rows, [f"steps: {steps}" for steps in STEP_COUNTS], [classes[y] for y in labels])
 
 
-def reconstruction_figure(autoencoder, images, path):
+def reconstruction_figure(run, images, device, path):
     """Held-out images, and below them the same images encoded and decoded."""
     count = min(12, len(images))
     some = [images[i * len(images) // count][0] for i in range(count)]
-    x = torch.stack(some)                                                    # [count, 3, H, W]
-    y, psnr = rebuild(autoencoder, x)
+    x = torch.stack(some).to(device)                                         # [count, 3, H, W]
+    y, psnr = rebuild(run, x)
     picture(path, [x, y], ["image", f"rebuilt, {psnr.mean():.1f} dB"])
 
 
 def loss_figure(log, path):
     """The three losses, unweighted, against the number of updates."""
-    if rank() > 0:
-        return
     from matplotlib.figure import Figure
     figure = Figure((6, 3.5), dpi=128)
     axes = figure.subplots()
@@ -1963,11 +1718,75 @@ def loss_figure(log, path):
     figure.savefig(path, bbox_inches="tight")
 
 
-# ---- 12. Whole runs, and the command line --------------------------------------------------------
+def progress_figures(run, classes, log, folder):
+    """The pictures that are drawn with every checkpoint."""
+    sample_figure(run, classes, folder / "samples.png")
+    if rank() == 0:
+        loss_figure(log, folder / "loss.png")
 
-RUN_FILES = ("config.json", "autoencoder.pt", "checkpoint.pt", "latents.bin", "log.csv", "loss.png",
-             "samples.png", "reconstructions.png", "evaluation.csv")
-CPU_SECONDS_PER_IMAGE = {"tiny": 0.01, "S": 0.2, "B": 2.6, "L": 9.0, "XL": 13.0}     # two cores
+
+# ---- 14. Commands: train, sample, evaluate -------------------------------------------------------
+
+# What differs from the defaults of Config. The first autoencoder of a data set is its default.
+# PHOTOS: guidance by a sweep on photographs, the rest by trying; latent_channels stays 64, because
+#   both 40 and 96 made worse samples of photographs.
+# PAPER: the paper's optimizer is unknown. Batch size, learning rate and EMA are RAE's (there the
+#   rate decays to 2e-5, here to 0); the 1,000 epochs (ImageNet: 800) are Sphere Encoder's.
+PHOTOS = {"autoencoder_steps": 1000, "train_steps": 10_000, "learning_rate": 3e-3, "cfg_scale": 3.0}
+PAPER = {"image_size": 256, "model_size": "B", "batch_size": 1024, "learning_rate": 2e-4,
+         "ema_decay": 0.9995, "train_steps": 8000, "eval_samples": 50_000}
+PRESETS = {
+    ("drawn", "tiny"): {},
+    ("drawn", "dinov2-b"): PAPER,
+    ("folder", "tiny"): PHOTOS,
+    ("folder", "dinov2-b"): PAPER,
+    ("cifar10", "tiny"): {"image_size": 32, "patch_size": 4, "latent_channels": 16,
+                          "model_size": "S"},
+    ("cifar10", "dinov2-b"): PAPER,
+    ("flowers", "dinov2-b"): {**PAPER, "eval_samples": 51_000},
+    ("flowers", "tiny"): PHOTOS,
+    ("animal-faces", "dinov2-b"): {**PAPER, "train_steps": 14_000},
+    ("animal-faces", "tiny"): PHOTOS,
+    ("imagenet", "dinov2-b"): {**PAPER, "model_size": "XL", "train_steps": 1_000_000,
+                               "save_every": 2000},
+    ("imagenet", "tiny"): PHOTOS,
+}
+# Sphere Encoder: noise and weights from its paper, where the weights are 25 to 50 and 1 to 25.
+SPHERE_ENCODER = {"noise_distribution": "uniform-tangent", "max_angle": 85.0, "tilt": 85.0,
+                  "reconstruction_weight": 25.0, "consistency_weight": 2.0}
+
+
+def preset(dataset, autoencoder="", method="sphere-latent"):
+    """The Config that a data set, an autoencoder and a method start from."""
+    if method == "sphere-encoder":
+        autoencoder = "tiny"                                 # it works on pixels of that size
+    if not autoencoder:
+        autoencoder = next(name for data, name in PRESETS if data == dataset)
+    config = Config(dataset=dataset, autoencoder=autoencoder, method=method,
+                    **PRESETS[dataset, autoencoder])
+    if method == "sphere-encoder":
+        config = dataclasses.replace(config, **SPHERE_ENCODER)
+        if dataset != "drawn":                               # drawings are learned offline
+            config.perceptual_weight = 1.0
+    return config
+
+
+def check_config(config):
+    """Raise UserError for settings that do not fit each other."""
+    numbers_in_patch = 3 * config.patch_size ** 2
+    if uses_rae(config) and config.image_size != 256:
+        raise UserError(f"--image-size {config.image_size}: dinov2-b has images of 256 pixels")
+    if not uses_rae(config) and (config.image_size % config.patch_size or config.patch_size % 2):
+        raise UserError(f"--image-size {config.image_size}: must be a multiple of --patch-size "
+                        f"{config.patch_size}, which must be even")
+    if config.latent_channels > numbers_in_patch:
+        raise UserError(f"--latent-channels {config.latent_channels}: a patch has only "
+                        f"{numbers_in_patch} numbers")
+    if config.noise_distribution == "uniform-tangent" and config.max_angle == 90:
+        raise UserError("--max-angle 90: its tangent is infinite, uniform-tangent needs less")
+    if config.batch_size % world_size() != 0:
+        raise UserError(f"--batch-size {config.batch_size}: must be a multiple of the number of "
+                        f"processes, {world_size()}")
 
 
 def small_command(config):
@@ -1978,208 +1797,238 @@ def small_command(config):
     return command
 
 
-def check_inputs(config):
-    """Find or download all data and weights before anything long; name all that is missing."""
-    problems = []
-    advice = "python sphere_latent.py train"                 # the drawn flowers need no files
-    if config.dataset != "drawn":
-        try:
-            find_images(config, "test")                      # it needs the training images too
-            advice = small_command(config)
-        except UserError as error:
-            problems.append(str(error))
-    names = [*HUGGING_FACE_FILES, INCEPTION] if config.uses_rae() else []
-    for name in names:
-        try:
-            find_weights(name, config.weights_dir)
-        except UserError as error:
-            problems.append(f"{error}: put it in a folder and add --weights-dir FOLDER")
-    if problems:
-        raise UserError(";\n  ".join(problems) + f".\nTo train without these files: {advice}")
+def fetch_weights(config):
+    """Download all published weights that a run needs, or find them in their caches."""
+    from huggingface_hub import hf_hub_download
+    caches = torch.hub.get_dir() + "/checkpoints"
+    advice = small_command(config)
+    what = how = ""
+    try:
+        if uses_rae(config):
+            for repository, file in (("timm/" + DINOV2, "model.safetensors"),
+                                     (RAE_REPOSITORY, RAE_DECODER),
+                                     (RAE_REPOSITORY, RAE_STATISTICS)):
+                what = f"{file} of huggingface.co/{repository}"
+                how = f"hf download {repository} {file}, then copy ~/.cache/huggingface"
+                hf_hub_download(repository, file)
+            what = "Inception weights of pytorch-fid, for FID"
+            how = f"download the address above into {caches}"
+            fetch_inception()
+        if config.method == "sphere-encoder" and config.perceptual_weight > 0:
+            what = "VGG16 weights of torchvision, for the perceptual distance"
+            how = f"download vgg16-397923af.pth into {caches}"
+            advice = "add --perceptual-weight 0"
+            fetch_vgg()
+    except Exception as error:                               # no network, a damaged file
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"no {what} ({type(error).__name__}: {reason}). With a network, also on "
+                        f"another machine: {how}. To train without: {advice}") from None
+
+
+RUN_FILES = ("config.json", "checkpoint.pt", "log.csv", "loss.png", "samples.png",
+             "reconstructions.png", "evaluation.csv")
 
 
 def prepare_folder(config, resume, overwrite):
-    """Make the run folder, with config.json in it. A run there must be resumed or replaced."""
+    """Make the run folder. A run that is there must be resumed or replaced."""
     folder = pathlib.Path(config.out or f"runs/{config.dataset}").expanduser()
-    held = [name for name in RUN_FILES[:3] if (folder / name).exists()]
-    if held and not resume and not overwrite:
+    is_run = any((folder / name).exists() for name in RUN_FILES[:2])
+    if is_run and not resume and not overwrite:
         name = shlex.quote(str(folder))
         raise UserError(f"{folder} already holds a run: go on with it (train --resume {name}), "
                         "replace it (--overwrite) or choose another folder (--out)")
     folder.mkdir(parents=True, exist_ok=True)
-    wait_for_all_processes()                                 # nobody deletes before all have looked
+    wait_for_all_processes()                                 # nobody writes before all have looked
+    return folder
+
+
+def begin_run(config, folder, overwrite):
+    """Write config.json. Only now, when its images are there, a new run replaces an old one."""
     if rank() == 0:
         if overwrite:
             for name in RUN_FILES:
                 (folder / name).unlink(missing_ok=True)
-                (folder / (name + ".part")).unlink(missing_ok=True)
-        if resume:
-            saved = json.loads((folder / "config.json").read_text())
-            if saved["data_dir"] != config.data_dir:         # perhaps they are other images
-                (folder / "latents.bin").unlink(missing_ok=True)
         (folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
     wait_for_all_processes()
+
+
+def new_models(config, images, device, saved):
+    """The models to train with. Returns (TinyRAE or RAE, Denoiser) or (None, SphereEncoder)."""
+    num_classes = len(images.classes)
+    if config.method == "sphere-encoder":
+        torch.manual_seed(config.seed)
+        model = SphereEncoder(config, num_classes)
+        model.pca.fit(some_images(images, config.seed))
+        return None, model.to(device)
+    if saved is None:
+        autoencoder = frozen_autoencoder(config, images, device)
+    else:
+        autoencoder = saved_autoencoder(saved, device)
+    torch.manual_seed(config.seed)
+    model = denoiser_for(config, autoencoder.latent_shape, num_classes)
+    return autoencoder, model.to(device)
+
+
+def train(config, resume=False, overwrite=False):
+    """Images in, run folder out: autoencoder, denoiser, pictures, Fréchet distances.
+
+    resume: go on with the run in the folder. overwrite: replace the run in the folder.
+    """
+    device = find_device(config.device)
+    if device.type == "cpu" and uses_rae(config):
+        say(f"No GPU found: on a CPU this takes weeks. For a CPU: {small_command(config)}")
+    folder = prepare_folder(config, resume, overwrite)
+    saved = None
+    if resume and (folder / "checkpoint.pt").exists():
+        saved = read_checkpoint(folder)
+    first_process_first(lambda: fetch_weights(config))
+    images, held_out = load_both_splits(config)
+    if saved is not None and saved["classes"] != images.classes:
+        raise UserError(f"{folder} is of other classes than the images that are there now")
+    say(f"{len(images):,} images to learn and {len(held_out):,} to compare with; device {device}, "
+        f"{config.train_steps:,} updates of {config.batch_size} images, folder {folder}")
+    counts = torch.bincount(images.labels).tolist()
+    shown = [f"{name} {count}" for name, count in zip(images.classes, counts)]
+    say(f"{len(shown)} classes: {', '.join(shown[:100])}")
+    begin_run(config, folder, overwrite)
+    try:
+        autoencoder, model = new_models(config, images, device, saved)
+        run = fit(model, autoencoder, images, config, folder, saved)
+        reconstruction_figure(run, held_out, device, folder / "reconstructions.png")
+        rows = evaluate({folder.name: run}, images, held_out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_go_on(folder)) from None
+    if rank() == 0:
+        write_table(folder / "evaluation.csv", rows)
     return folder
+
+
+def how_to_go_on(folder):
+    step = 0
+    if (folder / "checkpoint.pt").exists():
+        step = read_checkpoint(folder)["step"]
+    return (f"stopped; update {step} is saved. Go on with: "
+            f"python sphere_latent.py train --resume {shlex.quote(str(folder))}")
+
+
+def saved_autoencoder(saved, device):
+    """The frozen autoencoder of a checkpoint that was read."""
+    autoencoder = load_autoencoder(saved["config"].autoencoder, saved["config"])
+    if isinstance(autoencoder, TinyRAE):                     # RAE's weights are not in checkpoints
+        autoencoder.load_state_dict(saved["autoencoder"])
+    return autoencoder.to(device).eval().requires_grad_(False)
 
 
 def load_run(path, device="cpu", **changes):
     """Load config, autoencoder and denoiser (averaged weights, eval mode) of a run or checkpoint.
 
-    changes: fields of config to replace. denoiser.classes has the names of the classes. In a run of
-    Sphere Encoder one model is both autoencoder and denoiser.
+    changes: fields of config to replace. The generating model has the names of its classes as
+    .classes. In a run of Sphere Encoder the denoiser is None: its autoencoder generates.
     """
-    state = read_checkpoint(path)
-    config = dataclasses.replace(state["config"], device=str(device), **changes)
-    num_classes = len(state["classes"])
-    if config.method == "sphere-encoder":
-        autoencoder = denoiser = SphereEncoder(config, num_classes)
-    else:
-        autoencoder = load_autoencoder(config.autoencoder, config)
-        denoiser = denoiser_for(config, autoencoder.latent_shape, num_classes)
+    saved = read_checkpoint(path)
+    config = dataclasses.replace(saved["config"], device=str(device), **changes)
+    num_classes = len(saved["classes"])
     with as_user_error(f"{path} does not fit this program"):
-        denoiser.load_state_dict(state["average"])
-        if isinstance(autoencoder, TinyRAE):
-            autoencoder.load_state_dict(state["autoencoder"])
-    denoiser.classes = state["classes"]
-    for model in (autoencoder, denoiser):
-        model.to(device).eval().requires_grad_(False)
+        if config.method == "sphere-encoder":
+            model = autoencoder = SphereEncoder(config, num_classes)
+            denoiser = None
+        else:
+            autoencoder = saved_autoencoder(saved, device)
+            model = denoiser = denoiser_for(config, autoencoder.latent_shape, num_classes)
+        model.load_state_dict(saved["average"])
+    model.classes = saved["classes"]
+    model.to(device).eval().requires_grad_(False)
     return config, autoencoder, denoiser
 
 
-def frozen_autoencoder(config, images, folder, device):
-    """The autoencoder of the run in this folder; in a new run RAE, or a TinyRAE trained now."""
-    if (folder / "checkpoint.pt").exists():
-        return load_run(folder, device)[1]
-    torch.manual_seed(config.seed)
-    autoencoder = load_autoencoder(config.autoencoder, config).to(device)
-    if isinstance(autoencoder, RAE):
-        return autoencoder
-    path = folder / "autoencoder.pt"
-    if rank() == 0 and not path.exists():
-        save_checkpoint(path, fit_tiny_rae(autoencoder, images, config).state_dict())
-    wait_for_all_processes()
-    load_weights(autoencoder, path)
-    return autoencoder.eval().requires_grad_(False)
+def evaluate_run(name, run, network, held_out, references, unit):
+    """Yield the rows of the table for one run: rebuilt held-out images, then samples at 1, 2, 4
+    and 6 steps. references: statistics for the rebuilt images and for the samples."""
+    config, autoencoder, denoiser = run
+    models = [model for model in (autoencoder, denoiser) if model is not None]
+    parameters = sum(p.numel() for model in models for p in model.parameters())
+    device = next(network.parameters()).device
+    line = {"run": name, "images": "", "parameters": parameters, "ms_per_image": "", "psnr": ""}
+
+    psnr = torch.zeros((), device=device)
+    for x in all_batches(held_out, device):
+        psnr += rebuild(run, x)[1].sum()
+    psnr = sum_over_processes(psnr).item() / len(held_out)
+    rebuilt = (rebuild(run, x)[0] for x in all_batches(held_out, device))
+    fid = frechet_distance(*feature_statistics(network, rebuilt), *references["rebuilt"]) / unit
+    yield {**line, "images": "rebuilt", "psnr": f"{psnr:.2f}", "frechet_distance": f"{fid:.4f}"}
+
+    labels = balanced_labels(config.eval_samples, models[-1].num_classes)
+    sample_images(run, labels[:50], 1)                       # warm up, not timed
+    for steps in STEP_COUNTS:
+        began = time.perf_counter()
+        sample_images(run, labels[:50], steps)
+        milliseconds = 1000 * (time.perf_counter() - began) / len(labels[:50])
+        what = "1 step" if steps == 1 else f"{steps} steps"
+        bar = progress(sample_batches(run, labels, steps), what, leave=False,
+                       total=len(index_batches(len(labels))))
+        samples = feature_statistics(network, (images for _, images in bar))
+        fid = frechet_distance(*samples, *references["samples"]) / unit
+        yield {**line, "images": what, "ms_per_image": f"{milliseconds:.1f}",
+               "frechet_distance": f"{fid:.4f}"}
 
 
-def fit_denoiser(config, autoencoder, images, folder):
-    """Encode the images and train a denoiser on the latents. Returns it with averaged weights."""
-    latents = encode_images(autoencoder, images, config, folder)
-    torch.manual_seed(config.seed)
-    denoiser = denoiser_for(config, autoencoder.latent_shape, len(images.classes))
-    denoiser.to(next(autoencoder.parameters()).device)
-    network = torch.compile(denoiser) if config.compile else denoiser
+def evaluate(runs, images=None, held_out=None):
+    """Print a table of runs of one data set, {name: (config, autoencoder, denoiser)}. Returns rows.
 
-    def loss_function(x, labels, e, alpha_small, alpha_large):
-        if x.dim() == 4:                                     # there was no room for the latents
-            with torch.no_grad():
-                x = autoencoder.encode(x)
-        z = x.float()                                                        # [B, N, C]
-        return sphere_losses(network, spherify, spherify(z), z, labels, e, alpha_small, alpha_large,
-                             config)
-
-    def draw(average, log):
-        sample_figure(average, autoencoder, images.classes, config, folder / "samples.png")
-        loss_figure(log, folder / "loss.png")
-
-    keep = {"autoencoder": {}}                               # the published one is not copied
-    if isinstance(autoencoder, TinyRAE):
-        keep["autoencoder"] = autoencoder.state_dict()
-    return fit(denoiser, loss_function, latents, images.classes, config, folder, keep, draw)
-
-
-def fit_sphere_encoder(config, images, folder, device):
-    """Train a SphereEncoder on the images. Returns it with averaged weights."""
-    torch.manual_seed(config.seed)
-    model = SphereEncoder(config, len(images.classes))
-    model.pca.fit(random_images(images, config.seed))
-    model.to(device)
-    perceptual = None
-    if config.dataset != "drawn":                            # drawings are learned offline
-        problem = "another process lacks its weights"
-        try:
-            perceptual = PerceptualDistance(find_weights(VGG, config.weights_dir)).to(device)
-        except UserError as error:
-            problem = error
-        if any_process(perceptual is None):                  # all processes need the same loss
-            perceptual = None
-            say(f"training without the perceptual distance: {problem}")
-
-    def loss_function(*batch):
-        return model.losses(*batch, config, perceptual)
-
-    def draw(average, log):
-        sample_figure(average, average, images.classes, config, folder / "samples.png")
-        loss_figure(log, folder / "loss.png")
-
-    return fit(model, loss_function, images, images.classes, config, folder, {}, draw)
-
-
-def train(config, resume=False, overwrite=False):
-    """Images in, run folder out: autoencoder, latents, denoiser, pictures, Fréchet distances.
-
-    resume: go on with the run in the folder. overwrite: replace the run in the folder.
+    Rebuilt images are compared with the held-out images that they were made from. With the paper's
+    autoencoder the distance is FID, and samples are compared with the training images. Otherwise it
+    is in untrained features, in units of their variance, and samples are compared with the held-out
+    images. images, held_out: the data set, read if not given.
     """
-    device = find_device(config.device)
-    if device.type == "cpu" and config.uses_rae():
-        seconds = CPU_SECONDS_PER_IMAGE[config.model_size] * config.train_steps * config.batch_size
-        say(f"No GPU found: on a CPU this takes about {seconds / 86_400:,.0f} days. For a CPU: "
-            + small_command(config))
-    parts = world_size() * config.accumulate
-    if config.batch_size % parts != 0:
-        raise UserError(f"--batch-size {config.batch_size}: must be a multiple of {parts}, the "
-                        "number of processes times --accumulate")
-    if rank() == 0:
-        check_inputs(config)                                 # one process downloads
-    wait_for_all_processes()
-    folder = prepare_folder(config, resume, overwrite)
-    images, held_out = load_images(config, "train"), load_images(config, "test")
-    counts = torch.bincount(images.labels, minlength=len(images.classes)).tolist()
-    if 0 in counts:
-        raise UserError(f"no image of class {images.classes[counts.index(0)]} can be read")
-    say(f"{len(images):,} images to learn and {len(held_out):,} to compare with; device {device}, "
-        f"{config.train_steps:,} updates of {config.batch_size} images, folder {folder}")
-    shown = [f"{name} {count}" for name, count in zip(images.classes, counts)]
-    say(f"{len(shown)} classes: {', '.join(shown[:100])}")
-    if config.method == "sphere-encoder":
-        autoencoder = denoiser = fit_sphere_encoder(config, images, folder, device)
+    config, autoencoder, _ = next(iter(runs.values()))
+    device = next(autoencoder.parameters()).device
+    kinds = {(c.dataset, c.data_dir, c.image_size, uses_rae(c), c.eval_samples)
+             for c, _, _ in runs.values()}
+    if len(kinds) > 1:
+        raise UserError("these runs differ in images, autoencoder or --eval-samples: evaluate them "
+                        "one by one")
+    if held_out is None and uses_rae(config):
+        images, held_out = load_both_splits(config)
+    elif held_out is None:
+        held_out = load_images(config, "test")
+    unit = 1.0
+    if uses_rae(config):
+        network = InceptionFID().to(device)
+        reference = of_held_out = feature_statistics(network, all_batches(images, device))
+        if held_out is not images:
+            of_held_out = feature_statistics(network, all_batches(held_out, device))
+        say(f"Fréchet distance: FID-{config.eval_samples} to {len(images):,} training images")
+        if min(config.eval_samples, len(held_out)) < 2048:
+            say("warning: FID is too high for few images, above all for fewer than 2,048")
     else:
-        autoencoder = frozen_autoencoder(config, images, folder, device)
-        denoiser = fit_denoiser(config, autoencoder, images, folder)
-    reconstruction_figure(autoencoder, held_out, folder / "reconstructions.png")
-    rows = evaluate({folder.name: (config, autoencoder, denoiser)})
-    if rank() == 0:
-        write_table(folder / "evaluation.csv", rows)
-        (folder / "autoencoder.pt").unlink(missing_ok=True)  # checkpoint.pt holds it as well
-        (folder / "latents.bin").unlink(missing_ok=True)
-    return folder
+        network = UntrainedFeatures().to(device)
+        reference = of_held_out = feature_statistics(network, all_batches(held_out, device))
+        unit = reference[1].trace().clamp(min=1e-9).item()
+        say(f"Fréchet distance: in untrained features, {config.eval_samples} samples to "
+            f"{len(held_out):,} held-out images, in units of their variance")
+    references = {"rebuilt": of_held_out, "samples": reference}
+    line = "{:20} {:8} {:>12} {:>9} {:>6} {:>17}"
+    say(line.format("run", "images", "parameters", "ms/image", "PSNR", "Fréchet distance"))
+    rows = []
+    for name, run in runs.items():
+        for row in evaluate_run(name, run, network, held_out, references, unit):
+            say(line.format(*row.values()))
+            rows.append(row)
+    return rows
 
 
-def refuse_unused_flags(given, config):
-    """Raise UserError for a flag that would have no effect."""
-    unused = []
-    if config.dataset == "drawn":
-        unused += ["data_dir"]
-    if config.method == "sphere-encoder":
-        unused += ["autoencoder", "autoencoder_steps", "compile"]
-    elif config.uses_rae():
-        unused += ["patch_size", "latent_channels", "autoencoder_steps"]
-    if not config.uses_rae() and (config.method == "sphere-latent" or config.dataset == "drawn"):
-        unused += ["weights_dir"]
-    if config.noise_distribution != "logit-normal":
-        unused += ["noise_mean", "noise_std"]
-    for name in unused:
-        if name in given:
-            raise UserError(f"--{name.replace('_', '-')} has no effect here: leave it out")
+CHANGEABLE = {"train_steps", "data_dir", "device", "micro_batch", "precision", "compile",
+              "save_every"}                                  # with --resume
 
 
 def resumed_config(folder, given):
     """Return the settings of a run, updated with the flags in `given`."""
-    unwanted = sorted(set(given) - {"train_steps", "data_dir", "device"})
-    if unwanted:
-        flag = "--" + unwanted[0].replace("_", "-")
-        raise UserError(f"{flag} with --resume: a run goes on with its own settings; only "
-                        "--train-steps, --data-dir and --device may be new")
+    for name in given:
+        if name not in CHANGEABLE:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} with --resume: a run goes on with its own settings; only "
+                            f"{', '.join(sorted(CHANGEABLE))} may be new")
     folder = pathlib.Path(folder).expanduser()
     if folder.is_file():                                     # RUN/checkpoint.pt
         folder = folder.parent
@@ -2194,16 +2043,16 @@ def train_command(given):
     The defaults below are those of the drawn flowers. Other data sets have their own; see PRESETS.
     """
     resume = given.pop("resume", None)
+    overwrite = given.pop("overwrite", False)
     if resume is not None:
         config = resumed_config(resume, given)
-        overwrite = False
     else:
-        overwrite = given.pop("overwrite", False)
         if "data_dir" in given:
             given.setdefault("dataset", "folder")
-        choices = {name: given[name] for name in ("method", "autoencoder") if name in given}
-        config = dataclasses.replace(preset(given.get("dataset", "drawn"), **choices), **given)
-    refuse_unused_flags(given, config)
+        start = preset(given.get("dataset", "drawn"), given.get("autoencoder", ""),
+                       given.get("method", "sphere-latent"))
+        config = dataclasses.replace(start, **given)
+    check_config(config)
     folder = train(config, resume=resume is not None, overwrite=overwrite)
     say(f"look at {folder / 'samples.png'}")
 
@@ -2212,9 +2061,7 @@ def open_run(path, given):
     """Load a run, with its settings updated by the flags in `given`."""
     changes = {name: value for name, value in given.items() if name != "device"}
     device = find_device(given.get("device", "auto"))
-    run = load_run(pathlib.Path(path).expanduser(), device, **changes)
-    refuse_unused_flags(given, run[0])
-    return run
+    return load_run(pathlib.Path(path).expanduser(), device, **changes)
 
 
 def class_number(word, classes):
@@ -2236,16 +2083,16 @@ def sample_command(given):
     out = pathlib.Path(given.pop("out", folder / "sampled.png")).expanduser()
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must be the name of a .png file")
-    config, autoencoder, denoiser = open_run(path, given)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    classes = denoiser.classes
+    classes = read_checkpoint(path)["classes"]
     chosen = sorted(set(balanced_labels(12, len(classes)).tolist()))         # twelve, evenly spread
     if words is not None:
         chosen = [class_number(word, classes) for word in words]
     if not 1 <= count * len(chosen) <= 500:
         raise UserError(f"--count {count}, {len(chosen)} classes: a sheet has room for 500 images")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    run = open_run(path, given)
     labels = torch.tensor(chosen).repeat_interleave(count)
-    images = sample_images(denoiser, autoencoder, labels, config, config.steps)
+    images = sample_images(run, labels, run[0].steps)
     picture(out, images.split(count), [classes[label] for label in chosen])
     say(str(out))
 
@@ -2261,12 +2108,26 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def number_type(field):
+    """What argparse turns the text of a number flag into, within the range of a field of Config."""
+    low, high = field.metadata["low"], field.metadata["high"]
+
+    def number(text):
+        with contextlib.suppress(ValueError):
+            value = field.type(text)
+            if low <= value <= high:                         # nan is in no range
+                return value
+        raise argparse.ArgumentTypeError(f"{text[:20]} must be a number from {low} to {high:,}")
+
+    return number
+
+
 def build_parser():
     """Flags are made from the fields of Config. The result holds only the flags that were given."""
     parser = Parser(prog="sphere_latent.py", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True, metavar="train | sample | evaluate")
     fields = {field.name: field for field in dataclasses.fields(Config)}
-    sampling = ["cfg_scale", "tilt", "seed", "device", "weights_dir"]
+    sampling = ["cfg_scale", "tilt", "precision", "seed", "device"]
     flags = {train_command: fields, sample_command: ["steps", *sampling],
              evaluate_command: ["eval_samples", "data_dir", *sampling]}
     for function, names in flags.items():
@@ -2281,9 +2142,11 @@ def build_parser():
                 meaning += " (default: that of the run)"
             elif field.default != "":
                 meaning += f" (default: {field.default})"
-            how = {"type": field.type, "choices": field.metadata["options"]}
+            how = {"choices": field.metadata["choices"]}
             if field.type is bool:
                 how = {"action": argparse.BooleanOptionalAction}
+            elif field.type is not str:
+                how = {"type": number_type(field), "metavar": "NUMBER"}
             command.add_argument("--" + name.replace("_", "-"), help=meaning, **how)
         if function is train_command:
             command.add_argument("--resume", metavar="RUN", help="run folder to go on with")
@@ -2298,15 +2161,24 @@ def build_parser():
     return parser
 
 
+def with_dashes(word):
+    """--data_dir=my_photos is --data-dir=my_photos."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
 def main(argv=None):
     """Run one command. Returns 0, 2 for an error that the user can correct, or 130 for Ctrl-C."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():       # torchrun
-        # gloo for tensors on the CPU (sums of losses, flags), nccl for gradients on GPUs
+        # gloo for tensors on the CPU (sums of losses), nccl for gradients on GPUs
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backends, timeout=datetime.timedelta(days=1))
+        dist.init_process_group(backends, timeout=datetime.timedelta(hours=12))
     code = 2                                                 # of all errors but Ctrl-C
     try:
-        given = vars(build_parser().parse_args(argv))
+        words = sys.argv[1:] if argv is None else argv
+        given = vars(build_parser().parse_args([with_dashes(word) for word in words]))
         given.pop("function")(given)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -2314,10 +2186,10 @@ def main(argv=None):
     except SystemExit as leaving:                            # argparse, after --help
         return leaving.code or 0
     except KeyboardInterrupt as stopped:
-        message = str(stopped) or "stopped; an unfinished training goes on with train --resume RUN"
+        message = str(stopped) or "stopped; nothing was changed"
         code = 130
     except torch.OutOfMemoryError as error:
-        message = f"{error}; to train, raise --accumulate or lower --batch-size"
+        message = f"{error}; to train, go on with --resume RUN and a smaller --micro-batch"
     except (UserError, OSError) as error:
         # an error from a DataLoader worker begins with its traceback
         message = str(error).split("UserError: ")[-1].strip()
@@ -2328,5 +2200,4 @@ def main(argv=None):
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):                   # a notebook's %run has no such stream
         sys.stdout.reconfigure(errors="backslashreplace")    # any name, in any terminal
-    signal.signal(signal.SIGTERM, signal.default_int_handler)                # as Ctrl-C
     sys.exit(main())
