@@ -1350,8 +1350,8 @@ def find_images(config):
     except Exception as error:                               # of a download, of a broken file
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"no data set {config.dataset} in {root} ({reason}): put "
-                        f"{SOURCES[config.dataset]} there, or add --data-dir FOLDER. Without files: "
-                        "python sphere_latent.py train") from None
+                        f"{SOURCES[config.dataset]} there, or add --data-dir FOLDER. Without "
+                        "files: python sphere_latent.py train") from None
 
 
 def load_images(config, split):
