@@ -2,26 +2,29 @@
 
 The method of "Efficient Image Synthesis with Sphere Latent Encoder" (arXiv 2605.15592):
 
-  1. A frozen autoencoder turns an image into a latent z: N tokens with C numbers (channels) each.
+  1. A frozen autoencoder (the paper's is called RAE; TinyRAE is a small one) turns an image into a
+     latent z: N tokens with C numbers (channels) each, L = N C numbers in all.
   2. Spherify, f(z), divides z by its root mean square. All points v = f(z) have the same norm,
-     the square root of N C: they lie on a sphere.
-  3. Noise e ~ N(0, I) tilts a point by an angle alpha: f(cos(alpha) v + sin(alpha) e). In training
-     each latent gets two noisy points with the same e: v_large, and v_small at a smaller angle.
-  4. A transformer, the denoiser, maps a noisy point to an estimate z_hat of the clean latent.
-     It is trained with three losses, as we read the paper:
+     sqrt(L): they lie on a sphere.
+  3. Noise e ~ N(0, I) tilts a point by an angle alpha: f(cos(alpha) v + sin(alpha) e). In training,
+     two noisy points are made of each latent, with the same e: v_large, and v_small at a smaller
+     angle.
+  4. A transformer, the denoiser, maps a noisy point to an estimate of the clean latent: v_small to
+     z_hat_small, v_large to z_hat_large. It is trained with three losses, as we read the paper:
        reconstruction      z_hat_small should equal z
        consistency         z_hat_large should equal z_hat_small   (no gradient to z_hat_small)
        latent consistency  f(z_hat_large) should point where v points   (1 - cosine)
   5. To generate, start at a random point f(e) and denoise it. For each further step, tilt f(z_hat)
      back into noise, by a smaller angle each time, and denoise again. Decode the last z_hat.
 
-The paper's loss weights, angles and optimizer are not known to us. They, and the squared error as
-the distance, are our choice or that of the predecessor, Sphere Encoder (arXiv 2602.15030).
+The paper's loss weights, angles and optimizer are not known to us. Those used here, and the squared
+error as the distance, are our choice or that of the predecessor, Sphere Encoder (arXiv 2602.15030).
 
 Part I    The method: 1 the sphere, 2 the denoiser, 3 the three losses, 4 a training step,
-          5 sampling. It needs nothing below it.
-Part II   What it stands on: 6 TinyRAE, 7 RAE, 8 Fréchet distance and FID, 9 Sphere Encoder.
-Part III  Runs: 10 drawn flowers, 11 image files, 12 the training loop, 13 figures, 14 commands.
+          5 sampling. It uses nothing of parts II and III.
+Part II   What it builds on: 6 TinyRAE, 7 RAE, 8 Fréchet distance and FID, 9 Sphere Encoder.
+Part III  Runs: 10 the drawn flowers, pictures that the program draws; 11 image files; 12 the
+          training loop; 13 pictures; 14 commands.
 
 Commands, from the smallest to the largest:
   python sphere_latent.py train                                   drawn flowers, CPU, offline
@@ -32,7 +35,8 @@ Commands, from the smallest to the largest:
   python sphere_latent.py train --dataset flowers                 the paper's small setting, GPU
   torchrun --nproc-per-node 8 sphere_latent.py train --dataset imagenet --data-dir PATH
 
-Symbols: z latent, v = f(z), e noise, alpha angle in radians (in degrees in Config and in commands).
+Symbols: z latent, f spherify, v = f(z), e noise, alpha angle. Angles are in radians; in Config and
+in commands they are in degrees.
 Shapes: B batch, N tokens, C latent channels, D width, H and W height and width of an image.
 Latents are [B, N, C]; images are [B, 3, H, W] with values in [0, 1].
 """
@@ -47,16 +51,16 @@ from einops import rearrange
 
 
 def setting(default, meaning, choices=None, low=0, high=10**9):
-    """A field of Config: default, meaning and range (or choices). Commands check the range."""
+    """A field of Config: default, meaning and range (or choices), which the commands check."""
     rules = {"meaning": meaning, "choices": choices, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclasses.dataclass
 class Config:
-    """All hyperparameters. Each is a flag of `train`: batch_size is --batch-size.
+    """All hyperparameters. Each is a flag of `train`; for example, batch_size is --batch-size.
 
-    The defaults are those of the drawn flowers; PRESETS, in section 14, has those of other data.
+    The defaults are for the drawn flowers. For other data see PRESETS in section 14.
     """
 
     method: str = setting("sphere-latent", "the paper's method, or its predecessor",
@@ -64,7 +68,7 @@ class Config:
     # data
     dataset: str = setting("drawn", "what to learn", (
         "drawn", "folder", "cifar10", "flowers", "animal-faces", "imagenet"))
-    data_dir: str = setting("", "folder of the images, or data; alone, it implies --dataset folder")
+    data_dir: str = setting("", "folder of the data; without --dataset it means --dataset folder")
     image_size: int = setting(64, "height and width of the images, pixels", low=1, high=4096)
     flips: bool = setting(True, "also learn from mirrored images")
     # the frozen autoencoder
@@ -72,36 +76,36 @@ class Config:
     patch_size: int = setting(16, "tiny: height and width of a token's patch", low=2, high=64)
     latent_channels: int = setting(64, "tiny: channels of a token", low=1)
     autoencoder_steps: int = setting(300, "tiny: updates of its decoder", low=1)
-    # the denoiser and its losses; noise_mean was found by trying, small_ratio and
-    # latent_consistency_weight are Sphere Encoder's
+    # the denoiser and its losses; noise_mean was tuned on the drawn flowers, small_ratio and
+    # latent_consistency_weight are those of Sphere Encoder
     model_size: str = setting("tiny", "width and depth", ("tiny", "S", "B", "L", "XL"))
     noise_distribution: str = setting("logit-normal", "distribution of the large angle", (
         "logit-normal", "uniform", "uniform-tangent"))
     noise_mean: float = setting(1.2, "logit-normal: mean of the logit", low=-20, high=20)
     noise_std: float = setting(1.0, "logit-normal: standard deviation of the logit", high=20)
     max_angle: float = setting(90.0, "largest angle in training, degrees", high=90)
-    small_ratio: float = setting(0.5, "largest tan(small angle) / tan(large angle)", high=1)
+    small_ratio: float = setting(0.5, "largest ratio of the tangents of the small and the large angle", high=1)
     reconstruction_weight: float = setting(1.0, "weight of loss 1")
     consistency_weight: float = setting(1.0, "weight of loss 2")
     latent_consistency_weight: float = setting(0.1, "weight of loss 3")
-    perceptual_weight: float = setting(0.0, "Sphere Encoder: weight of its perceptual distance")
-    # optimization; learning_rate and ema_decay were found by trying
+    perceptual_weight: float = setting(0.0, "sphere-encoder: weight of the perceptual distance")
+    # optimization; learning_rate and ema_decay were tuned on the drawn flowers
     train_steps: int = setting(1000, "updates of the denoiser", low=1)
-    batch_size: int = setting(32, "images in an update, over all processes", low=1, high=10**6)
-    micro_batch: int = setting(32, "images computed at once in a process, to save memory", low=1)
+    batch_size: int = setting(32, "images per update, over all processes", low=1, high=10**6)
+    micro_batch: int = setting(32, "images computed at once in a process; fewer save memory", low=1)
     learning_rate: float = setting(5e-3, "largest learning rate of AdamW", high=100)
     ema_decay: float = setting(0.995, "decay of the moving average of the weights", high=1)
-    precision: str = setting("auto", "of the denoiser's products; auto: bfloat16 where it is fast",
+    precision: str = setting("auto", "of matrix products in the denoiser; auto: bfloat16 if fast",
                              ("auto", "bfloat16", "float32"))
     compile: bool = setting(False, "use torch.compile")
     save_every: int = setting(100, "updates between checkpoints, with sample pictures", low=1)
     # sampling and evaluation
-    steps: int = setting(4, "calls of the denoiser for an image", low=1, high=1000)
-    cfg_scale: float = setting(1.5, "classifier-free guidance; 1 is off", high=100)
-    tilt: float = setting(90.0, "sampling: largest tilt back into noise, degrees", high=90)
-    eval_samples: int = setting(600, "samples behind a Fréchet distance", low=2, high=10**7)
+    steps: int = setting(4, "calls to the denoiser per image", low=1, high=1000)
+    cfg_scale: float = setting(1.5, "scale of classifier-free guidance; 1 turns it off", high=100)
+    tilt: float = setting(90.0, "sampling: upper limit of the tilts back into noise, degrees", high=90)
+    eval_samples: int = setting(600, "samples for a Fréchet distance", low=2, high=10**7)
     # the run
-    seed: int = setting(0, "seed of training and sampling; drawings stay the same")
+    seed: int = setting(0, "seed of training and sampling; the drawn flowers stay the same")
     device: str = setting("auto", "auto (CUDA, then MPS, then CPU) or a torch device")
     out: str = setting("", "run folder (default: runs/DATASET)")
 
@@ -109,17 +113,18 @@ class Config:
 # ==== Part I. The method ==========================================================================
 
 # ---- 1. The sphere -------------------------------------------------------------------------------
-# A latent [N, C] is one vector of L = N C numbers; the sphere has the radius sqrt(L).
-# Why a sphere? All points have the same length, so the amount of noise is an angle and no more.
-# A random direction e is nearly orthogonal to every latent, because L is large. So the point
-# f(cos(alpha) v + sin(alpha) e) is at the angle alpha from v, to within a few degrees. At 90
-# degrees it is pure noise, f(e), which we can draw without any image: sampling starts there.
+# A latent [N, C] is one vector of L = N C numbers; the sphere has radius sqrt(L).
+# Why a sphere? All points have the same norm, so the amount of noise is a single number, an angle.
+# A random direction e is nearly orthogonal to any given latent, because L is large. So the point
+# f(cos(alpha) v + sin(alpha) e) is at an angle of alpha from v, to within a few degrees. At 90
+# degrees it is pure noise, f(e), which can be had without any image. The noisiest point of training
+# is the point where sampling starts.
 
 def spherify(z):
     """f(z) = z / sqrt(mean(z^2)), the mean over all but the batch axis: the norm becomes sqrt(L).
 
-    z is [B, ...]; the result is float32 of the same shape. Zero stays zero; 1e-6 under the root, as
-    in Sphere Encoder, keeps the gradient there finite.
+    z is [B, ...]; the result is float32 of the same shape. Zero stays zero: 1e-6 is added under the
+    root, as in Sphere Encoder, and keeps the gradient there finite.
     """
     return F.rms_norm(z.float(), z.shape[1:], eps=1e-6)
 
@@ -131,17 +136,18 @@ def noisy_spherify(v, e, alpha):
     f(v + sigma e) with sigma = tan(alpha), the form of Sphere Encoder's paper.
     """
     alpha = torch.as_tensor(alpha, dtype=torch.float32, device=v.device)
-    alpha = alpha.view(-1, *[1] * (v.dim() - 1))             # broadcasts over [B, ...]
+    alpha = alpha.view([-1] + [1] * (v.dim() - 1))           # broadcasts over [B, ...]
     return spherify(alpha.cos() * v.float() + alpha.sin() * e.float())
 
 
 def sample_angles(batch, config, generator=None):
     """Draw alpha_small and alpha_large, each [B], radians, on the device of the generator.
 
-    tan(alpha_small) = s tan(alpha_large), with s uniform from 0 to small_ratio: "small" means
-    smaller than its partner. (For 85 degrees and s = 0.25 it is still 71 degrees.) The paper draws
-    noise levels from a logit-normal whose parameters are unknown. In ours, alpha_large / max_angle
-    is logit-normal. "uniform-tangent" is Sphere Encoder's: one tangent in each of B intervals.
+    tan(alpha_small) = s tan(alpha_large), with s uniform from 0 to small_ratio. "Small" means
+    smaller than its partner: for alpha_large = 85 degrees and s = 0.25 it is still 71 degrees.
+    The paper draws noise levels from a logit-normal whose parameters are unknown; here alpha_large
+    over max_angle is logit-normal. "uniform-tangent" is Sphere Encoder's: tan(alpha_large) is
+    uniform up to tan(max_angle), one draw in each of B equal intervals.
     """
     device = "cpu" if generator is None else generator.device
     largest = math.radians(config.max_angle)
@@ -156,18 +162,18 @@ def sample_angles(batch, config, generator=None):
         r = (torch.arange(batch, device=device) + within_interval) / batch
         alpha_large = torch.atan(r * math.tan(largest))
     s = config.small_ratio * torch.rand(batch, generator=generator, device=device)
-    # = atan(s tan(alpha_large)); at 90 degrees rounding can make the cosine negative
+    # this is atan(s tan(alpha_large)); at 90 degrees rounding can make the cosine negative
     alpha_small = torch.atan2(s * alpha_large.sin(), alpha_large.cos().clamp(min=0))
     return alpha_small, alpha_large
 
 
 # ---- 2. The denoiser -----------------------------------------------------------------------------
-#     D width   K = D / heads, the channels of a head
+#     K = D / heads: channels of an attention head
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2)) over the last axis, times one learned weight per channel."""
 
-    def forward(self, x):                                    # in autocast, q and k are bfloat16
+    def forward(self, x):                                    # x can be bfloat16, from a product
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), eps=1e-6)
 
 
@@ -177,10 +183,11 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """Attention and MLP. The label shifts, scales and gates both (adaLN-Zero, from DiT).
+    """Attention and MLP. The label shifts and scales their inputs, and scales their outputs by a
+    gate (adaLN-Zero, from DiT).
 
-    RMSNorm, normalised q and k, and projections without bias are inferred: with them the paper's XL
-    has exactly its published 675,160,896 parameters.
+    RMSNorm, normalized q and k, and projections without bias are inferred from the paper's XL: with
+    them it has exactly the published 675,160,896 parameters.
     """
 
     def __init__(self, width, heads):
@@ -204,7 +211,7 @@ class Block(nn.Module):
         value = rearrange(self.v(x), "b n (h k) -> b h n k", h=self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if x.device.type == "cpu" and torch.is_grad_enabled():
-            # On a CPU the fused backward pass is slower than this for TinyRAE's short sequences.
+            # For short sequences on a CPU the fused backward pass is slower than this.
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5           # [B, heads, N, N]
             y = scores.softmax(-1).to(value.dtype) @ value                   # [B, heads, N, K]
         else:
@@ -233,8 +240,8 @@ def sincos_positions(tokens, width):
 class Transformer(nn.Module):
     """Maps tokens [B, N, in_channels] and labels [B] to tokens [B, N, out_channels].
 
-    The label num_classes is the null label, "no class"; it is used where labels is None. The
-    denoiser, the decoder of TinyRAE and both halves of Sphere Encoder are made of it.
+    The label num_classes is the null label, "no class"; it is used if labels is None. The denoiser,
+    the decoder of TinyRAE and both halves of Sphere Encoder contain a Transformer.
     """
 
     def __init__(self, tokens, in_channels, out_channels, width, depth, heads, num_classes=0):
@@ -250,7 +257,7 @@ class Transformer(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """As in DiT: zero modulation makes each block the identity, a zero head the output zero."""
+        """As in DiT: with zero modulation a block is the identity; a zero head outputs zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -276,9 +283,9 @@ class Transformer(nn.Module):
 class Denoiser(Transformer):
     """Estimates clean latents, z_hat [B, N, C], from noisy points [B, N, C] and labels [B].
 
-    It is not told the noise level. On the sphere all inputs have the same norm, and their angle to
-    the data has to be read from the content. We infer this from the parameter count of the paper's
-    XL model, which leaves no room for an embedding of the noise level.
+    It is not told the noise level, and the norm of its input does not tell either: it has to see how
+    noisy the point is. We infer this from the parameter count of the paper's XL model, which leaves
+    no room for an embedding of the noise level.
     """
 
     def __init__(self, latent_shape, num_classes, width, depth, heads):
@@ -304,31 +311,37 @@ def denoiser_for(config, latent_shape, num_classes):
 
 # ---- 3. The three losses -------------------------------------------------------------------------
 # Why do they make sharp images? (Our reading, not a claim of the paper.)
-# Loss 1 keeps the goal sharp. The best answer to a squared error is the mean of all z that fit the
-#   noisy point. At a small angle few do, so that their mean is nearly z. Near 90 degrees nearly all
-#   images fit, and their mean is a blur. That is why loss 1 never sees v_large.
-# Loss 2 escapes the mean. It does not ask which image v_large was made from, but where the denoiser
-#   goes from v_small. That goal was computed from the same e, and e is what v_large shows clearly.
-#   Input and goal share what decides the image, so that the denoiser can agree with itself on it.
-# Loss 3 ties that agreement to the data, in direction alone; loss 2 by itself would not.
-# The target is z and not v, so that the length, which f removes, is predicted as well.
+# Loss 1 makes z_hat_small sharp. The best answer to a squared error is the mean of all z that fit
+#   the noisy point. At a small angle few fit, and their mean is nearly z. Near 90 degrees nearly
+#   all images fit, and their mean is a blur. So loss 1 never sees v_large.
+# Loss 2 escapes most of that blur. Its goal is not z but z_hat_small, the denoiser's own answer.
+#   v_small holds the same e as v_large, and often much of it. So e, which is all that v_large shows
+#   clearly, says something about the goal, while it says nothing about z. The more e decides the
+#   goal, the fewer goals fit v_large, and the sharper is their mean. Some softness stays, and is
+#   the reason for more than one step (section 5).
+# Loss 3 ties z_hat_large to the data itself, not by way of z_hat_small, and in direction alone. Near
+#   90 degrees its best answer is a mean as well, so its weight is small.
+# The target of loss 1 is z and not v: f has removed the length of z, and the decoder needs it.
 
 def reconstruction_loss(z_hat_small, target, distance=F.mse_loss):
-    """Loss 1: from little noise, return to the clean latent."""
+    """Loss 1: from little noise, return to the clean latent. Sphere Encoder has other distances."""
     return distance(z_hat_small, target)
 
 
 def consistency_loss(z_hat_large, z_hat_small, distance=F.mse_loss):
     """Loss 2: from much noise, arrive where little noise arrived.
 
-    No gradient flows to z_hat_small, or the better estimate would be drawn to the worse one.
+    No gradient flows to z_hat_small, or the better estimate would be pulled to the worse one.
     """
     return distance(z_hat_large, z_hat_small.detach())
 
 
 def latent_consistency_loss(v_hat_large, v):
-    """Loss 3: from much noise, point where v points: 1 - cosine. No gradient to v."""
-    cosine = (spherify(v_hat_large) * spherify(v.detach())).mean()           # norms are sqrt(L)
+    """Loss 3: from much noise, point where v points: 1 - cosine. Lengths do not matter.
+
+    No gradient flows to v, which in Sphere Encoder comes from a network as well.
+    """
+    cosine = (spherify(v_hat_large) * spherify(v.detach())).mean()           # both norms sqrt(L)
     return 1 - cosine
 
 
@@ -356,11 +369,11 @@ def sphere_losses(denoiser, z, labels, e, alpha_small, alpha_large, config):
 
 # ---- 4. A training step --------------------------------------------------------------------------
 
-LABEL_DROPOUT = 0.1          # share of the labels that become the null label, for guidance
+LABEL_DROPOUT = 0.1          # share of labels replaced by the null label, for guidance (section 5)
 
 
 def autocast(device, precision):
-    """Matrix products in bfloat16: if precision says so or, for "auto", where that is fast."""
+    """Matrix products in bfloat16 if precision says so, or if it is "auto" and they are fast."""
     enabled = precision == "bfloat16" or (precision == "auto" and has_fast_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -376,13 +389,13 @@ def has_fast_bfloat16(device):
 def learning_rate_at(step, steps, largest):
     """Linear warm-up over 50 updates, then constant, then linear decay over the second half."""
     warm_up = (step + 1) / 50
-    decay = 2 - 2 * step / steps                             # 1 at half of the steps, then less
+    decay = 2 - 2 * step / steps                             # 1 halfway, 0 at the end
     return largest * min(warm_up, 1, decay)
 
 
 @torch.no_grad()
 def update_average(average, model, decay):
-    """Update the exponential moving average (EMA) of the weights, which generates the images."""
+    """Update the exponential moving average (EMA) of the weights; images are made with it."""
     for averaged, current in zip(average.parameters(), model.parameters()):
         averaged.lerp_(current, 1 - decay)
 
@@ -391,13 +404,14 @@ def training_step(denoiser, average, optimizer, batch, config, generator, loss_o
     """One update of the denoiser's weights and of their moving average. Returns a dict of losses.
 
     batch is a list of micro-batches (z [B, N, C], labels [B]). They are computed one after the
-    other; the gradients add up to that of the whole batch. Under torchrun, each process has its
-    own batch, and DistributedDataParallel averages the gradients in the last backward pass.
-    Sphere Encoder (section 9) gives another loss_of, and images in place of z.
+    other, and their gradients add up to the gradient of the whole batch. Under torchrun, each
+    process has a batch of its own, and the denoiser comes in a DistributedDataParallel, which
+    averages the gradients over the processes. It hides the denoiser's attributes, so these are
+    read from `average`. Sphere Encoder (section 9) passes another loss_of, and images in place of z.
     """
     size = sum(len(labels) for _, labels in batch)
     device = generator.device
-    averages = {}                                            # of the losses, for the log
+    log = {}                                                 # mean losses over the micro-batches
     optimizer.zero_grad()
     for number, (z, labels) in enumerate(batch, 1):
         is_dropped = torch.rand(len(z), generator=generator, device=device) < LABEL_DROPOUT
@@ -407,24 +421,25 @@ def training_step(denoiser, average, optimizer, batch, config, generator, loss_o
 
         exchange = contextlib.nullcontext()
         if hasattr(denoiser, "no_sync") and number < len(batch):
-            exchange = denoiser.no_sync()                    # not before the last micro-batch
+            exchange = denoiser.no_sync()                    # once, with the last micro-batch
         with exchange:
             with autocast(device, config.precision):
                 losses = loss_of(denoiser, z, labels, e, alpha_small, alpha_large, config)
             share = len(z) / size
             (share * losses["total"]).backward()
         for name, loss in losses.items():
-            averages[name] = averages.get(name, 0) + share * loss.detach()
-    averages["gradient_norm"] = nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+            log[name] = log.get(name, 0) + share * loss.detach()
+    log["gradient_norm"] = nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
     optimizer.step()
     update_average(average, denoiser, config.ema_decay)
-    return averages
+    return log
 
 
 # ---- 5. Sampling ---------------------------------------------------------------------------------
-# Why more than one step? A random point f(e) is v_large at 90 degrees, and the estimate from there
-# is still soft. Tilted back into noise by less than 90 degrees, it is a point as in training, at an
-# angle where less is in doubt. So the next estimate is sharper, and so on.
+# Why more than one step? A random point f(e) is a v_large at 90 degrees, and the estimate from
+# there is still soft (section 3). Tilted back into noise by less than 90 degrees, it is nearly a
+# point as in training, where a real latent is tilted, and fewer images fit it. So the next estimate
+# is sharper, and so on.
 
 def guided(network, x, labels, null_label, scale):
     """Classifier-free guidance: network(x, labels), pushed away from network(x, null label)."""
@@ -439,36 +454,37 @@ def guided(network, x, labels, null_label, scale):
 @torch.no_grad()
 def sample(denoiser, labels, steps=4, cfg_scale=1.0, tilt=math.pi / 2, noise=None, generator=None,
            return_path=False):
-    """Generate latents z [B, N, C] from random points on the sphere: `steps` calls of the denoiser.
+    """Generate latents z [B, N, C] from random points on the sphere: `steps` calls to the denoiser.
 
-    labels [B]; noise [steps, B, N, C], drawn on the labels' device if None; tilt: the largest,
-    radians. The last estimate is returned as it is, not spherified, as we read the paper's "raw
-    final step". return_path: also return all noisy points and estimates, in turn.
+    labels [B]; noise [steps, B, N, C], drawn on the labels' device if None; tilt: upper limit of the
+    angles between steps, radians. The last estimate is returned as it is, not spherified, as we
+    read the paper's "raw final step". return_path: also return noisy points and estimates, in turn.
 
-    The paper's tilts and its noise between steps are unknown. The two constants below are ours,
-    found by trying on the drawn flowers. The power 0.7 keeps the tilts large for longer (74, 55 and
-    34 degrees for four steps; linear would be 68, 45 and 23), and later steps take a part of the
-    first noise. The judge's distance (tests/experiments) at 2, 4 and 6 steps is 0.074, 0.038 and
-    0.032 with both, and 0.095, 0.053 and 0.043 with linear tilts and all new noise.
+    The paper's angles and its noise between steps are unknown. Two choices here are ours, tuned on
+    the drawn flowers. The power 0.7 keeps the angles large for longer (74, 55 and 34 degrees in
+    four steps; linear would be 68, 45 and 23). The weights 0.4 and 0.92 use a part of the first
+    noise again. With both, a Fréchet distance (lower is better; tests/experiments/judge.py) at 2, 4
+    and 6 steps was 0.074, 0.038 and 0.032; with linear angles and all new noise it was 0.095, 0.053
+    and 0.043.
     """
     if noise is None:
         noise = torch.randn(steps, len(labels), *denoiser.latent_shape, generator=generator,
                             device=labels.device)
-    v = spherify(noise[0])                                                   # [B, N, C]
+    v_noisy = spherify(noise[0])                                             # [B, N, C]
     path = []
     for k in range(1, steps + 1):
-        z_hat = guided(denoiser, v, labels, denoiser.num_classes, cfg_scale)         # [B, N, C]
-        path += [v, z_hat]
+        z_hat = guided(denoiser, v_noisy, labels, denoiser.num_classes, cfg_scale)   # [B, N, C]
+        path += [v_noisy, z_hat]
         if k < steps:
             alpha = tilt * (1 - k / steps) ** 0.7
-            e = 0.4 * noise[0] + 0.92 * noise[k]             # variance 1
-            v = noisy_spherify(spherify(z_hat), e, alpha)                    # [B, N, C]
+            e = 0.4 * noise[0] + 0.92 * noise[k]             # variance about 1
+            v_noisy = noisy_spherify(spherify(z_hat), e, alpha)              # [B, N, C]
     if return_path:
         return z_hat, path
     return z_hat
 
 
-# ==== Part II. What it stands on ==================================================================
+# ==== Part II. What it builds on ==================================================================
 # The frozen autoencoders, the measure, the predecessor. Published weights are fetched by the
 # library that they belong to, and stay in its cache.
 

@@ -20,16 +20,41 @@ SMALL = ["--image-size", "16", "--patch-size", "8", "--latent-channels", "8",
 WHOLE = sl.drawn_images, sl.MODEL_SIZES["tiny"]              # the sizes that users get
 
 
+def pytest_addoption(parser):
+    parser.addoption("--precision", choices=("float32", "bfloat16"),
+                     help="of matrix products in all tests; default: bfloat16 where it is fast")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: over five seconds; leave them out with -m 'not slow'")
+    precision = config.getoption("precision")
+    if precision is not None:
+        sl.has_fast_bfloat16 = lambda device: precision == "bfloat16"
+
+
+@pytest.fixture
+def float32(monkeypatch):
+    """For tests of arithmetic: sums of bfloat16 products depend on how a batch is cut."""
+    monkeypatch.setattr(sl, "has_fast_bfloat16", lambda device: False)
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    monkeypatch.setattr(sl, "has_fast_bfloat16", lambda device: True)
 
 
 def points(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def angle_between(a, b):
+    """Angles [B] of latents [B, N, C], radians; exact where they are small, too."""
+    a, b = sl.spherify(a).flatten(1), sl.spherify(b).flatten(1)
+    return 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))
+
+
 def fill(folder, *names):
-    """Make small images, and empty files under other names -> the folder."""
+    """Make small images, and empty files under other names. Returns the folder."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +70,7 @@ def fewer_drawings(split, size):
     labels = torch.arange(240 if split == "train" else 48) % len(sl.SPECIES)
     generator = torch.Generator().manual_seed(int(split == "test"))
     pixels = (255 * sl.draw_flowers(labels, size, generator)).round().byte()
-    return sl.PixelImages(pixels, labels, [species[0] for species in sl.SPECIES])
+    return sl.Images(labels, [species[0] for species in sl.SPECIES], pixels=pixels)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,11 +87,6 @@ def small_run(small_sizes, tmp_path_factory):
     return folder
 
 
-# Where the CPU does not multiply bf16, half of the default's updates: the whole takes too long.
-HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-UPDATES = [] if HAS_BF16 else ["--autoencoder-steps", "200", "--train-steps", "500"]
-
-
 def pytest_collection_modifyitems(items):
     """Slow tests come after the others, and the one that waits for the default run comes last."""
     items.sort(key=lambda item: (item.get_closest_marker("slow") is not None,
@@ -75,12 +95,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def default_run(request, tmp_path_factory):
-    """`train` with the sizes that users get, beside all other tests -> (process, folder)."""
+    """`train` with the sizes that users get, beside all other tests: (process, folder)."""
     if request.session.items[-1].path.name != "test_default_run.py":
         yield None
         return
+    precision = request.config.getoption("precision") or "auto"
+    command = [sys.executable, str(ROOT / "sphere_latent.py"), "train", "--precision", precision]
+    if not sl.has_fast_bfloat16(torch.device("cpu")):        # the whole takes too long in float32
+        command += ["--autoencoder-steps", "200", "--train-steps", "500"]
     folder = tmp_path_factory.mktemp("default")
-    command = [sys.executable, str(ROOT / "sphere_latent.py"), "train", *UPDATES]
     with open(folder / "output", "w") as output:
         process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output)
     yield process, folder

