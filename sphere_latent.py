@@ -84,7 +84,7 @@ class Config:
     noise_mean: float = setting(1.2, "logit-normal: mean of the logit", low=-20, high=20)
     noise_std: float = setting(1.0, "logit-normal: standard deviation of the logit", high=20)
     max_angle: float = setting(90.0, "largest angle in training, degrees", high=90)
-    small_ratio: float = setting(0.5, "largest ratio of the tangents of the small and the large angle", high=1)
+    small_ratio: float = setting(0.5, "largest tan(small angle) / tan(large angle)", high=1)
     reconstruction_weight: float = setting(1.0, "weight of loss 1")
     consistency_weight: float = setting(1.0, "weight of loss 2")
     latent_consistency_weight: float = setting(0.1, "weight of loss 3")
@@ -102,7 +102,7 @@ class Config:
     # sampling and evaluation
     steps: int = setting(4, "calls to the denoiser per image", low=1, high=1000)
     cfg_scale: float = setting(1.5, "scale of classifier-free guidance; 1 turns it off", high=100)
-    tilt: float = setting(90.0, "sampling: upper limit of the tilts back into noise, degrees", high=90)
+    tilt: float = setting(90.0, "sampling: upper limit of the angles between steps", high=90)
     eval_samples: int = setting(600, "samples for a Fréchet distance", low=2, high=10**7)
     # the run
     seed: int = setting(0, "seed of training and sampling; the drawn flowers stay the same")
@@ -283,9 +283,9 @@ class Transformer(nn.Module):
 class Denoiser(Transformer):
     """Estimates clean latents, z_hat [B, N, C], from noisy points [B, N, C] and labels [B].
 
-    It is not told the noise level, and the norm of its input does not tell either: it has to see how
-    noisy the point is. We infer this from the parameter count of the paper's XL model, which leaves
-    no room for an embedding of the noise level.
+    It is not told the noise level, and the norm of its input does not tell either: it has to see
+    how noisy the point is. We infer this from the parameter count of the paper's XL model, which
+    leaves no room for an embedding of the noise level.
     """
 
     def __init__(self, latent_shape, num_classes, width, depth, heads):
@@ -319,8 +319,8 @@ def denoiser_for(config, latent_shape, num_classes):
 #   clearly, says something about the goal, while it says nothing about z. The more e decides the
 #   goal, the fewer goals fit v_large, and the sharper is their mean. Some softness stays, and is
 #   the reason for more than one step (section 5).
-# Loss 3 ties z_hat_large to the data itself, not by way of z_hat_small, and in direction alone. Near
-#   90 degrees its best answer is a mean as well, so its weight is small.
+# Loss 3 ties z_hat_large to the data itself, not by way of z_hat_small, and in direction alone.
+#   Near 90 degrees its best answer is a mean as well, so its weight is small.
 # The target of loss 1 is z and not v: f has removed the length of z, and the decoder needs it.
 
 def reconstruction_loss(z_hat_small, target, distance=F.mse_loss):
@@ -407,7 +407,7 @@ def training_step(denoiser, average, optimizer, batch, config, generator, loss_o
     other, and their gradients add up to the gradient of the whole batch. Under torchrun, each
     process has a batch of its own, and the denoiser comes in a DistributedDataParallel, which
     averages the gradients over the processes. It hides the denoiser's attributes, so these are
-    read from `average`. Sphere Encoder (section 9) passes another loss_of, and images in place of z.
+    read from `average`. Sphere Encoder (section 9) passes another loss_of, and images for z.
     """
     size = sum(len(labels) for _, labels in batch)
     device = generator.device
@@ -456,16 +456,15 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, tilt=math.pi / 2, noise=Non
            return_path=False):
     """Generate latents z [B, N, C] from random points on the sphere: `steps` calls to the denoiser.
 
-    labels [B]; noise [steps, B, N, C], drawn on the labels' device if None; tilt: upper limit of the
-    angles between steps, radians. The last estimate is returned as it is, not spherified, as we
+    labels [B]; noise [steps, B, N, C], drawn on the labels' device if None; tilt: upper limit of
+    the angles between steps, radians. The last estimate is returned as it is, not spherified, as we
     read the paper's "raw final step". return_path: also return noisy points and estimates, in turn.
 
     The paper's angles and its noise between steps are unknown. Two choices here are ours, tuned on
     the drawn flowers. The power 0.7 keeps the angles large for longer (74, 55 and 34 degrees in
     four steps; linear would be 68, 45 and 23). The weights 0.4 and 0.92 use a part of the first
-    noise again. With both, a Fréchet distance (lower is better; tests/experiments/judge.py) at 2, 4
-    and 6 steps was 0.074, 0.038 and 0.032; with linear angles and all new noise it was 0.095, 0.053
-    and 0.043.
+    noise again. With both, the distance to real drawings (tests/experiments/judge.py) at 2, 4 and 6
+    steps was 0.074, 0.038 and 0.032; with linear angles and all new noise 0.095, 0.053 and 0.043.
     """
     if noise is None:
         noise = torch.randn(steps, len(labels), *denoiser.latent_shape, generator=generator,
