@@ -490,22 +490,6 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, tilt=math.pi / 2, noise=Non
 from torch import distributed as dist
 
 
-class UserError(Exception):
-    """An error that the user can correct: printed without a traceback, exit code 2."""
-
-
-@contextlib.contextmanager
-def as_user_error(problem):
-    """Raise an error of the block as a UserError that begins with `problem`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:                               # libraries fail in many ways
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{problem} ({type(error).__name__}: {reason})") from None
-
-
 def sum_over_processes(x):
     """Replace a tensor by its sum over the processes that torchrun started, if it did."""
     if dist.is_initialized():
@@ -573,17 +557,19 @@ class PatchPCA(nn.Module):
         variances, patterns = torch.linalg.eigh(torch.cov(patches.T))        # ascending
         variances = variances.flip(0)[:self.channels].clamp(min=1e-8)        # [C]
         patterns = patterns.flip(1)[:, :self.channels]                       # [P, C]
-        root = variances.sqrt().sqrt()                       # of the standard deviation
-        scale = root * (variances / root ** 2).mean().sqrt()                 # mean variance 1
+        root_of_deviation = variances ** 0.25                                # [C]
+        scale = root_of_deviation * root_of_deviation.square().mean().sqrt()     # mean variance 1
         self.analysis.copy_(patterns / scale)
         self.synthesis.copy_((patterns * scale).T)
 
     def encode(self, images):
-        return self.patches(images) @ self.analysis                          # [B, N, C]
+        with torch.autocast(images.device.type, enabled=False):              # pixels in float32
+            return self.patches(images) @ self.analysis                      # [B, N, C]
 
     def decode(self, z):
-        mixed = unpatchify(z @ self.synthesis, self.patch_size)              # [B, 3, H, W]
-        return self.overlap.T @ mixed @ self.overlap + self.mean
+        with torch.autocast(z.device.type, enabled=False):
+            mixed = unpatchify(z @ self.synthesis, self.patch_size)          # [B, 3, H, W]
+            return self.overlap.T @ mixed @ self.overlap + self.mean
 
 
 class PixelDecoder(nn.Module):
@@ -595,7 +581,7 @@ class PixelDecoder(nn.Module):
         self.half_patch = patch_size // 2
         self.transformer = Transformer(tokens, channels, feature_maps * self.half_patch ** 2,
                                        width, depth, heads, num_classes)
-        # Convolutions at half the size, a quarter of the work: 12 = 3 colours of 2 x 2 pixels.
+        # at half the size: a quarter of the work; 12 channels are 3 colours of 2 x 2 pixels
         self.conv_in = nn.Conv2d(feature_maps + 12, hidden, 3, padding=1)
         self.residual = nn.ModuleList([nn.Sequential(
             nn.GELU(), nn.Conv2d(hidden, hidden, 3, padding=1),
@@ -646,10 +632,10 @@ def fit_tiny_rae(autoencoder, some_images, batches, config):
     """Compute the encoder of a TinyRAE, train its decoder, freeze both.
 
     some_images [n, 3, H, W] are for the encoder; batches, config.autoencoder_steps of images
-    [B, 3, H, W], for the decoder. It sees noisy latents, because the denoiser's estimates will not
-    be perfect either. Its loss is the squared error of the pixels and of the differences between
-    neighbouring pixels. The constants (rate, noise, weight 3, clipping) were found by trying on
-    the drawn flowers.
+    [B, 3, H, W], for the decoder. The decoder sees noisy latents, because the denoiser's estimates
+    will not be perfect either. Its loss is the squared error of the pixels and of the differences
+    between neighbouring pixels. The constants (rate, noise, weight 3, clipping) were tuned on the
+    drawn flowers.
     """
     autoencoder.pca.fit(some_images)
     weights = list(autoencoder.decoder.parameters())
@@ -675,7 +661,7 @@ def fit_tiny_rae(autoencoder, some_images, batches, config):
 
 # ---- 7. RAE --------------------------------------------------------------------------------------
 # The paper's autoencoder, "Diffusion Transformers with Representation Autoencoders" (arXiv
-# 2510.11690). It stays in float32, outside of autocast: its users met NaN in bfloat16.
+# 2510.11690). It is not autocast to bfloat16, in which its users met NaN.
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -975,8 +961,6 @@ class PerceptualDistance(nn.Module):
             if isinstance(layer, nn.MaxPool2d):
                 features_a, features_b = F.normalize(x.float(), dim=1).chunk(2)      # as in LPIPS
                 total = total + (features_a - features_b).square().sum(1).mean()
-                if x.shape[-1] == 1:                         # 1 x 1 maps cannot be pooled
-                    break
             x = layer(x)
         return total
 
@@ -1002,11 +986,27 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 
+class UserError(Exception):
+    """An error that the user can correct: printed without a traceback, exit code 2."""
+
+
+@contextlib.contextmanager
+def as_user_error(problem):
+    """Raise an error of the block as a UserError that begins with `problem`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:                               # libraries fail in many ways
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{problem} ({type(error).__name__}: {reason})") from None
+
+
 def uses_rae(config):
     return config.method == "sphere-latent" and config.autoencoder == "dinov2-b"
 
 
-# torchrun starts several processes; each one trains on its share of every batch.
+# torchrun starts several processes. Each one trains on batches of its own; together they are one.
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -1222,9 +1222,10 @@ def read_images(images):
         found = pool.map(read, images.paths)
         found = list(progress(found, "reading images", total=len(images)))
     errors = [image for image in found if isinstance(image, UserError)]
-    for error in errors[:5]:
-        print(f"skipped: {error}", file=sys.stderr)
-    if 2 * len(errors) >= len(images):
+    if rank() == 0:
+        for error in errors[:5]:
+            print(f"skipped: {error}", file=sys.stderr)
+    if errors and 2 * len(errors) >= len(images):
         raise UserError(f"{len(errors)} of {len(images)} images cannot be read: {errors[0]}")
     is_read = torch.tensor([torch.is_tensor(image) for image in found])
     labels = images.labels[is_read]
@@ -1239,30 +1240,47 @@ def find_image_files(root):
     """Find all images below a folder. Returns {class name: sorted paths}; a class may be empty.
 
     A class is a folder in root. If these hold no image, root itself is the only class. Hidden files
-    and folders are left out, and so are the pictures of this program's run folders.
+    and folders are left out, and so are the pictures in this program's run folders.
     """
-    from torchvision.datasets.folder import make_dataset
-
-    def is_image(path):
-        folder, name = os.path.split(path)
-        parts = os.path.relpath(path, root).split(os.sep)
-        is_hidden = any(part.startswith(HIDDEN) for part in parts)
-        is_of_run = os.path.exists(os.path.join(folder, "checkpoint.pt"))
-        return name.lower().endswith(IMAGE_ENDINGS) and not is_hidden and not is_of_run
-
-    def find(folder, classes):
-        numbers = {name: number for number, name in enumerate(classes)}
-        found = {name: [] for name in classes}
-        for path, number in make_dataset(folder, numbers, is_valid_file=is_image, allow_empty=True):
-            found[classes[number]].append(path)
-        return found
-
-    subfolders = sorted(entry.name for entry in os.scandir(root)
-                        if entry.is_dir() and not entry.name.startswith(HIDDEN))
-    found = find(root, subfolders)
+    found = {}
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(HIDDEN))
+        if "checkpoint.pt" in names:                         # a run folder
+            names = []
+        class_name = os.path.relpath(folder, root).split(os.sep)[0]          # "." is root itself
+        found.setdefault(class_name, []).extend(
+            os.path.join(folder, name) for name in sorted(names)
+            if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(HIDDEN))
+    of_root = found.pop(".", [])
     if any(found.values()):
+        if of_root:
+            say(f"note: {len(of_root)} images in {root} itself are of no class and left out")
         return found
-    return find(os.path.dirname(root), [os.path.basename(root)])
+    return {os.path.basename(root): of_root}
+
+
+def images_of(files, classes, config):
+    """Images in files, from {class name: paths}. The label of an unknown class is 0."""
+    labels = []
+    paths = []
+    for name in files:
+        label = classes.index(name) if name in classes else 0
+        labels += [label] * len(files[name])
+        paths += files[name]
+    return Images(labels, classes, paths=paths, size=config.image_size)
+
+
+def split_every_tenth(files, config):
+    """Hold out every tenth image of each class. If these are fewer than two, hold out none: both
+    parts are then the whole set."""
+    classes = list(files)
+    held_out = {name: files[name][9::10] for name in files}
+    if len(images_of(held_out, classes, config)) < 2:
+        images = images_of(files, classes, config)
+        return {"train": images, "test": images}
+    train = {name: sorted(set(files[name]) - set(held_out[name])) for name in files}
+    return {"train": images_of(train, classes, config),
+            "test": images_of(held_out, classes, config)}
 
 
 def folder_splits(config, root):
@@ -1280,42 +1298,16 @@ def folder_splits(config, root):
     for name in files:
         if not files[name]:
             say(f"note: folder {name} holds no image")
-    classes = [name for name in files if files[name]]
-    train = [(path, label) for label, name in enumerate(classes) for path in files[name]]
-    if len(train) < 4:
-        raise UserError(f"{len(train)} images in {root}; at least 4 are needed")
+    files = {name: paths for name, paths in files.items() if paths}
+    if sum(map(len, files.values())) < 4:
+        raise UserError(f"fewer than 4 images in {root}")
     if not is_split:
-        return split_every_tenth(train, classes, config)
-    held_out = []
-    for name, paths in find_image_files(os.path.join(root, splits[1])).items():
-        # ImageNet's validation images may lie in no class's folder; no result needs their labels
-        label = classes.index(name) if name in classes else 0
-        held_out += [(path, label) for path in paths]
-    return {"train": images_of(train, classes, config),
-            "test": images_of(held_out, classes, config)}
-
-
-def images_of(samples, classes, config):
-    """Images in files, from a list of (path, label)."""
-    paths = [path for path, _ in samples]
-    labels = [label for _, label in samples]
-    return Images(labels, classes, paths=paths, size=config.image_size)
-
-
-def split_every_tenth(samples, classes, config):
-    """Hold out every tenth image of each class. If these are fewer than two, hold out none: both
-    parts are then the whole set."""
-    train, held_out = [], []
-    counts = [0] * len(classes)
-    for path, label in samples:
-        counts[label] += 1
-        part = held_out if counts[label] % 10 == 0 else train
-        part.append((path, label))
+        return split_every_tenth(files, config)
+    # ImageNet's validation images may lie in no class's folder; no result needs their labels
+    held_out = images_of(find_image_files(os.path.join(root, splits[1])), list(files), config)
     if len(held_out) < 2:
-        images = images_of(samples, classes, config)
-        return {"train": images, "test": images}
-    return {"train": images_of(train, classes, config),
-            "test": images_of(held_out, classes, config)}
+        raise UserError(f"fewer than 2 images in {os.path.join(root, splits[1])}")
+    return {"train": images_of(files, list(files), config), "test": held_out}
 
 
 def cifar_splits(config, root):
@@ -1334,14 +1326,15 @@ def oxford_flowers_splits(config, root):
     """Oxford-Flowers 102. With RAE we train on all 8,189 photographs and compare samples with all
     of them. TinyRAE learns from these alone, so a tenth is held out."""
     from torchvision.datasets import Flowers102
-    samples = []
+    files = {name: [] for name in Flowers102.classes}
     for split in ("train", "val", "test"):
         part = Flowers102(root, split, download=True)
-        samples += zip(map(str, part._image_files), part._labels)
-    samples.sort()
+        for path, label in zip(part._image_files, part._labels):
+            files[Flowers102.classes[label]].append(str(path))
+    files = {name: sorted(files[name]) for name in files}
     if not uses_rae(config):
-        return split_every_tenth(samples, Flowers102.classes, config)
-    images = images_of(samples, Flowers102.classes, config)
+        return split_every_tenth(files, config)
+    images = images_of(files, list(files), config)
     return {"train": images, "test": images}
 
 
@@ -1438,6 +1431,8 @@ def all_batches(images, device):
 
 
 # ---- 12. The training loop -----------------------------------------------------------------------
+# A run is (config, autoencoder, denoiser). A Sphere Encoder is an autoencoder that generates: in
+# its runs denoiser is None.
 
 def find_device(name):
     """Return a torch.device that works for "auto", "cpu", "cuda:1" and so on."""
@@ -1527,33 +1522,22 @@ def loss_function(config, device):
     return losses
 
 
-@torch.no_grad()
-def micro_batches(autoencoder, x, labels, size):
-    """Cut a batch of images [B, 3, H, W] and labels [B] into parts, and encode the images.
-
-    Without an autoencoder (Sphere Encoder has its own) the images stay images.
-    """
-    parts = []
-    for images, some_labels in zip(x.split(size), labels.split(size)):
-        if autoencoder is not None:
-            images = autoencoder.encode(images)
-        parts.append((images, some_labels))
-    return parts
-
-
 def mean_losses(recent):
     """Average dicts of scalars over updates and processes. Returns a dict of floats."""
     table = torch.stack([torch.stack(list(losses.values())) for losses in recent])
     means = sum_over_processes(table.mean(0)) / world_size()
+    if not means.isfinite().all():
+        raise UserError("the loss is not finite: train anew with a lower --learning-rate, or with "
+                        "--precision float32; the last checkpoint is kept")
     return dict(zip(recent[0], means.tolist()))
 
 
-def save_run(folder, parts, classes, config, step, log):
-    """Write checkpoint.pt and log.csv. parts: what has a state_dict."""
+def save_run(folder, state, classes, config, step, log):
+    """Write checkpoint.pt and log.csv. state: models and optimizer by name."""
     if rank() == 0:
-        state = {name: part.state_dict() for name, part in parts.items()}
+        weights = {name: part.state_dict() for name, part in state.items()}
         save_checkpoint(folder / "checkpoint.pt", {
-            **state, "step": step, "log": log, "classes": classes, "config": vars(config)})
+            **weights, "step": step, "log": log, "classes": classes, "config": vars(config)})
         if log:
             write_table(folder / "log.csv", log)
     wait_for_all_processes()
@@ -1566,26 +1550,27 @@ def fit(model, autoencoder, images, config, folder, saved=None):
     from. A checkpoint and pictures are written every config.save_every updates.
     """
     device = next(model.parameters()).device
-    say(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters")
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=device.type != "mps")
-    parts = {"model": model, "average": average, "optimizer": optimizer}
+    state = {"model": model, "average": average, "optimizer": optimizer}
     step, log, began = 0, [], time.time()
     if saved is not None:
-        for name, part in parts.items():
+        for name, part in state.items():
             part.load_state_dict(saved[name])
         step, log = saved["step"], saved["log"]
     if log:
         began -= log[-1]["seconds"]                          # those of the run so far
     if isinstance(autoencoder, TinyRAE):                     # a published one is not copied
-        parts["autoencoder"] = autoencoder
+        state["autoencoder"] = autoencoder
     if autoencoder is None:
         run = config, average, None
+        encode = nn.Identity()
     else:
         run = config, autoencoder, average
+        encode = autoencoder.encode                          # frozen, so it keeps no gradients
     if saved is None:
-        save_run(folder, parts, images.classes, config, step, log)           # TinyRAE is ready
+        save_run(folder, state, images.classes, config, step, log)           # TinyRAE is ready
 
     network = torch.compile(model) if config.compile else model
     if world_size() > 1:
@@ -1598,7 +1583,8 @@ def fit(model, autoencoder, images, config, folder, saved=None):
     for x, labels in bar:
         rate = learning_rate_at(step, config.train_steps, config.learning_rate)
         optimizer.param_groups[0]["lr"] = rate
-        batch = micro_batches(autoencoder, x, labels, config.micro_batch)
+        parts_of_batch = zip(x.split(config.micro_batch), labels.split(config.micro_batch))
+        batch = [(encode(images), some_labels) for images, some_labels in parts_of_batch]
         generator = generator_for("noise", config.seed, step, rank(), device=device)
         losses = training_step(network, average, optimizer, batch, config, generator, loss_of)
         recent.append(losses)
@@ -1607,13 +1593,10 @@ def fit(model, autoencoder, images, config, folder, saved=None):
         if saving or step % 10 == 0:
             means = mean_losses(recent)
             recent = []
-            if not math.isfinite(sum(means.values())):
-                raise UserError(f"the loss is not finite near update {step}: lower --learning-rate"
-                                f"; the last checkpoint is kept in {folder}")
             log.append({"step": step, **means, "seconds": time.time() - began})
             bar.set_postfix(reconstruction=f"{means['reconstruction']:.3f}")
         if saving:
-            save_run(folder, parts, images.classes, config, step, log)
+            save_run(folder, state, images.classes, config, step, log)
             if step < config.train_steps:
                 progress_figures(run, images.classes, log, folder)
     progress_figures(run, images.classes, log, folder)
@@ -1621,9 +1604,6 @@ def fit(model, autoencoder, images, config, folder, saved=None):
 
 
 # ---- 13. Pictures --------------------------------------------------------------------------------
-# A run is (config, autoencoder, denoiser). A Sphere Encoder is an autoencoder that generates: in
-# its runs denoiser is None.
-
 def balanced_labels(count, num_classes):
     """Return `count` labels spread evenly over the classes, even if they are fewer."""
     if count < num_classes:
@@ -1673,12 +1653,8 @@ def sample_images(run, labels, steps):
 @torch.no_grad()
 def rebuild(run, images):
     """Encode and decode images [B, 3, H, W]. Returns the results and their PSNR [B], decibels."""
-    config, autoencoder, denoiser = run
-    if denoiser is None:
-        with autocast(images.device, config.precision):
-            rebuilt = autoencoder.decode(autoencoder.encode(images)).clamp(0, 1)
-    else:
-        rebuilt = autoencoder.decode(autoencoder.encode(images))
+    autoencoder = run[1]
+    rebuilt = autoencoder.decode(autoencoder.encode(images)).clamp(0, 1)
     error = (images - rebuilt).square().mean((1, 2, 3)).clamp(min=1e-10)
     return rebuilt, -10 * error.log10()
 
@@ -1814,12 +1790,12 @@ def small_command(config):
 
 def fetch_weights(config):
     """Download all published weights that a run needs, or find them in their caches."""
-    from huggingface_hub import hf_hub_download
     caches = torch.hub.get_dir() + "/checkpoints"
     advice = small_command(config)
     what = how = ""
     try:
         if uses_rae(config):
+            from huggingface_hub import hf_hub_download
             for repository, file in (("timm/" + DINOV2, "model.safetensors"),
                                      (RAE_REPOSITORY, RAE_DECODER),
                                      (RAE_REPOSITORY, RAE_STATISTICS)):
@@ -1827,7 +1803,7 @@ def fetch_weights(config):
                 how = f"hf download {repository} {file}, then copy ~/.cache/huggingface"
                 hf_hub_download(repository, file)
             what = "Inception weights of pytorch-fid, for FID"
-            how = f"download the address above into {caches}"
+            how = f"download pt_inception-2015-12-05-6726825d.pth of its releases into {caches}"
             fetch_inception()
         if config.method == "sphere-encoder" and config.perceptual_weight > 0:
             what = "VGG16 weights of torchvision, for the perceptual distance"
@@ -1873,7 +1849,8 @@ def new_models(config, images, device, saved):
     if config.method == "sphere-encoder":
         torch.manual_seed(config.seed)
         model = SphereEncoder(config, num_classes)
-        model.pca.fit(some_images(images, config.seed))
+        if saved is None:
+            model.pca.fit(some_images(images, config.seed))
         return None, model.to(device)
     if saved is None:
         autoencoder = frozen_autoencoder(config, images, device)
@@ -1908,6 +1885,7 @@ def train(config, resume=False, overwrite=False):
     begin_run(config, folder, overwrite)
     try:
         autoencoder, model = new_models(config, images, device, saved)
+        say(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters")
         run = fit(model, autoencoder, images, config, folder, saved)
         reconstruction_figure(run, held_out, device, folder / "reconstructions.png")
         rows = evaluate({folder.name: run}, images, held_out)
@@ -1919,10 +1897,10 @@ def train(config, resume=False, overwrite=False):
 
 
 def how_to_go_on(folder):
-    step = 0
+    saved = "nothing is saved yet"
     if (folder / "checkpoint.pt").exists():
-        step = read_checkpoint(folder)["step"]
-    return (f"stopped; update {step} is saved. Go on with: "
+        saved = f"update {read_checkpoint(folder)['step']} is saved"
+    return (f"stopped; {saved}. Go on with: "
             f"python sphere_latent.py train --resume {shlex.quote(str(folder))}")
 
 
@@ -1943,13 +1921,13 @@ def load_run(path, device="cpu", **changes):
     saved = read_checkpoint(path)
     config = dataclasses.replace(saved["config"], device=str(device), **changes)
     num_classes = len(saved["classes"])
+    if config.method == "sphere-encoder":
+        model = autoencoder = SphereEncoder(config, num_classes)
+        denoiser = None
+    else:
+        autoencoder = saved_autoencoder(saved, device)
+        model = denoiser = denoiser_for(config, autoencoder.latent_shape, num_classes)
     with as_user_error(f"{path} does not fit this program"):
-        if config.method == "sphere-encoder":
-            model = autoencoder = SphereEncoder(config, num_classes)
-            denoiser = None
-        else:
-            autoencoder = saved_autoencoder(saved, device)
-            model = denoiser = denoiser_for(config, autoencoder.latent_shape, num_classes)
         model.load_state_dict(saved["average"])
     model.classes = saved["classes"]
     model.to(device).eval().requires_grad_(False)
@@ -2058,10 +2036,11 @@ def train_command(given):
     The defaults below are those of the drawn flowers. Other data sets have their own; see PRESETS.
     """
     resume = given.pop("resume", None)
-    overwrite = given.pop("overwrite", False)
+    overwrite = False
     if resume is not None:
         config = resumed_config(resume, given)
     else:
+        overwrite = given.pop("overwrite", False)
         if "data_dir" in given:
             given.setdefault("dataset", "folder")
         start = preset(given.get("dataset", "drawn"), given.get("autoencoder", ""),
@@ -2098,16 +2077,17 @@ def sample_command(given):
     out = pathlib.Path(given.pop("out", folder / "sampled.png")).expanduser()
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must be the name of a .png file")
-    classes = read_checkpoint(path)["classes"]
+    config, autoencoder, denoiser = run = open_run(path, given)
+    classes = (autoencoder if denoiser is None else denoiser).classes
     chosen = sorted(set(balanced_labels(12, len(classes)).tolist()))         # twelve, evenly spread
     if words is not None:
         chosen = [class_number(word, classes) for word in words]
-    if not 1 <= count * len(chosen) <= 500:
-        raise UserError(f"--count {count}, {len(chosen)} classes: a sheet has room for 500 images")
+    if not 1 <= count * len(chosen) <= 500 or max(count, len(chosen)) > 200:
+        raise UserError(f"--count {count}, {len(chosen)} classes: a sheet has room for 500 images, "
+                        "200 in a row or column")
     out.parent.mkdir(parents=True, exist_ok=True)
-    run = open_run(path, given)
     labels = torch.tensor(chosen).repeat_interleave(count)
-    images = sample_images(run, labels, run[0].steps)
+    images = sample_images(run, labels, config.steps)
     picture(out, images.split(count), [classes[label] for label in chosen])
     say(str(out))
 
@@ -2204,7 +2184,7 @@ def main(argv=None):
         message = str(stopped) or "stopped; nothing was changed"
         code = 130
     except torch.OutOfMemoryError as error:
-        message = f"{error}; to train, go on with --resume RUN and a smaller --micro-batch"
+        message = f"{error}; training needs less with a smaller --micro-batch (--resume RUN)"
     except (UserError, OSError) as error:
         # an error from a DataLoader worker begins with its traceback
         message = str(error).split("UserError: ")[-1].strip()

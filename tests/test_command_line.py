@@ -1,14 +1,20 @@
 """The command line. What a person can put right ends in one line and exit code 2."""
+import contextlib
 import dataclasses
+import io
+import json
 import pathlib
+import re
+import runpy
 import shlex
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
+from conftest import SMALL, fill
 
 import sphere_latent as sl
-from conftest import SMALL, fill
 
 
 def run(*words):
@@ -16,7 +22,7 @@ def run(*words):
 
 
 def refused(capsys, *words):
-    """The command must end with exit code 2 and one line, but for progress bars -> that line."""
+    """The command must end with exit code 2 and one line, but for progress bars. Returns it."""
     assert run(*words) == 2
     error = capsys.readouterr().err
     *bars, line = error.strip().replace("\r", "\n").split("\n")
@@ -32,48 +38,110 @@ def trained(monkeypatch):
     return configs
 
 
+def flag_of(field):
+    return "--" + field.name.replace("_", "-")
+
+
+FIELDS = dataclasses.fields(sl.Config)
+NUMBERS = [field for field in FIELDS if field.type in (int, float)]
+
+
 @pytest.mark.parametrize("value", [
     "nan", "inf", "-inf", "-1e11", "1e13", "9" * 19, "9" * 6000, "ten", "1,5", ""])
 def test_values_that_no_setting_takes(trained, capsys, value):
-    for field in dataclasses.fields(sl.Config):
-        if field.type in (int, float) or field.metadata["options"]:
-            flag = "--" + field.name.replace("_", "-")
-            assert flag in refused(capsys, "train", f"{flag}={value}")
+    for field in FIELDS:
+        if field in NUMBERS or field.metadata["choices"]:
+            assert flag_of(field) in refused(capsys, "train", f"{flag_of(field)}={value}")
     assert not trained
+
+
+def test_both_ends_of_each_range_are_in_it():
+    for field in NUMBERS:
+        for end, beyond in ((field.metadata["low"], -1), (field.metadata["high"], 1)):
+            given = sl.build_parser().parse_args(["train", f"{flag_of(field)}={end}"])
+            assert getattr(given, field.name) == end
+            with pytest.raises(sl.UserError, match=flag_of(field)):
+                sl.build_parser().parse_args(["train", f"{flag_of(field)}={end + beyond}"])
 
 
 # Wrong words after `train`, after `sample --checkpoint RUN` and others. The last one is at fault.
 WRONG = {
     "train": [
-        "now", "--flips=yes", "--resume absent", "--image-size=50", "--dataset drawn --data-dir=X",
-        "--batch-size 9 --accumulate=2", "--method sphere-encoder --autoencoder-steps=5"],
-    "train --resume RUN": ["--seed=1", "--overwrite"],
+        "now", "--flips=yes", "--batch=8", "--resume absent", "--image-size=50", "--image-size=0",
+        "--patch-size 33 --image-size=66", "--latent-channels=769", "--device=cuda:99",
+        "--autoencoder dinov2-b --image-size=64", "--device=meta", "--data-dir absent",
+        "--noise-distribution uniform-tangent --max-angle=90", "--dataset imagenet --data-dir ."],
+    "train --resume RUN": ["--overwrite"],
     "evaluate --checkpoint RUN": ["absent", "--eval-samples=1", "--steps=2"],
     "sample --checkpoint RUN": [
-        "--classes weed", "--classes 12", "--count=0", "--out=x.jpeg", "--device cuda:99"],
+        "--classes weed", "--classes 12", "--classes -1", "--count=0", "--count=x", "--count=42",
+        "--classes poppy --count=501", "--out=x.jpeg", "--steps=0", "--device cuda:99"],
     "sample --checkpoint": ["absent", "RUN/log.csv"],
 }
 
 
 @pytest.mark.parametrize("words", [f"{start} {end}" for start in WRONG for end in WRONG[start]])
-def test_words_that_make_no_sense(small_run, trained, monkeypatch, capsys, words):
-    for name in ("sample_images", "evaluate"):
+def test_words_that_make_no_sense(small_run, tmp_path, monkeypatch, capsys, words):
+    for name in ("sample_images", "evaluate", "begin_run", "fit"):
         monkeypatch.setattr(sl, name, lambda *arguments: pytest.fail("it began"))
+    monkeypatch.chdir(tmp_path)
     words = words.replace("RUN", str(small_run)).split()
-    assert words[-1].split("=")[0] in refused(capsys, *words) and not trained
+    assert words[-1].split("=")[0] in refused(capsys, *words)
+
+
+def test_flags_with_underscores_and_a_home(trained, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fill(tmp_path / "my_photos", *[f"a_b/{i}.png" for i in range(4)])
+    assert run("train", "--data_dir=~/my_photos", "--batch_size", 9, "--no_flips") == 0
+    [config] = trained
+    assert config.dataset == "folder" and config.data_dir == "~/my_photos"   # the word is kept
+    assert config.batch_size == 9 and not config.flips
+    assert sl.find_images(config)["train"].classes == ["a_b"]
+    folder = sl.prepare_folder(dataclasses.replace(config, out="~/run"), False, False)
+    assert folder == tmp_path / "run"
+
+
+CHANGES = {"train_steps": 9, "data_dir": "x", "device": "cpu", "micro_batch": 3,
+           "precision": "float32", "compile": True, "save_every": 7}
+
+
+@pytest.mark.parametrize("end", ["", "/checkpoint.pt"])
+def test_a_resumed_run_keeps_its_settings_but_for_a_few(small_run, trained, capsys, end):
+    path = f"{small_run}{end}"
+    saved = json.loads((small_run / "config.json").read_text())
+    for field in FIELDS:
+        words = [f"{flag_of(field)}={CHANGES.get(field.name, saved[field.name])}"]
+        if field.type is bool:
+            words = [flag_of(field)]
+        if field.name in CHANGES:
+            assert run("train", "--resume", path, *words) == 0
+            assert vars(trained.pop()) == {**saved, field.name: CHANGES[field.name]}
+        else:
+            assert flag_of(field) in refused(capsys, "train", "--resume", path, *words)
+    assert not trained
 
 
 def test_only_overwrite_replaces_a_run_and_nothing_else(tmp_path, monkeypatch, capsys):
     def press_ctrl_c(*arguments):
         raise KeyboardInterrupt
-    monkeypatch.setattr(sl, "load_images", press_ctrl_c)     # the first thing after that
-    for name in ("checkpoint.pt", "notes.txt"):
-        (tmp_path / name).write_text("old")
-    words = ["train", *SMALL, "--out", tmp_path]
-    assert "--overwrite" in refused(capsys, *words)
-    assert (tmp_path / "checkpoint.pt").read_text() == "old"
+    monkeypatch.setattr(sl, "new_models", press_ctrl_c)      # the first thing after the images
+    out = tmp_path / "run"
+    ours = ["checkpoint.pt", "config.json", "log.csv", "loss.png", "samples.png",
+            "reconstructions.png", "evaluation.csv"]
+    for names in (["config.json", "notes.txt"], ours):       # another program's, and a run
+        for path in fill(out, *names).iterdir():
+            path.write_text("old")
+        words = ["train", *SMALL, "--out", out, "--data-dir", tmp_path / "photos"]
+        before = sorted(out.iterdir())
+        assert "--overwrite" in refused(capsys, *words)
+        assert "photos" in refused(capsys, *words, "--overwrite")            # no images are there
+        assert all(path.read_text() == "old" for path in before) and before == sorted(out.iterdir())
+    fill(tmp_path / "photos", *[f"{name}/{i}.png" for name in "ab" for i in range(3)])
     assert run(*words, "--overwrite") == 130
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "notes.txt"}
+    assert {path.name for path in out.iterdir()} == {"config.json", "notes.txt"}
+    assert sl.Config(**json.loads((out / "config.json").read_text())).out == str(out)
+    output, error = capsys.readouterr()
+    assert "a 3, b 3" in output and f"train --resume {out}" in error         # what was found
 
 
 class Attack:
@@ -81,35 +149,130 @@ class Attack:
         return pytest.fail, ("the file ran code",)
 
 
-@pytest.mark.parametrize("command", ["sample --checkpoint", "train --resume"])
-@pytest.mark.parametrize("damage", ["half", "attack", "no average", "newer program"])
-def test_a_strange_checkpoint_is_named(small_run, tmp_path, capsys, command, damage):
+@pytest.mark.parametrize("command, damage, words", [
+    ("sample --checkpoint", "half", "cannot be read"),
+    ("sample --checkpoint", "attack", "cannot be read"),
+    ("sample --checkpoint", "newer program", "settings colour"),
+    ("sample --checkpoint", "no average", "does not fit"),
+    ("sample --checkpoint", "not finite", "not finite"),
+    ("sample --checkpoint", "missing", "train --resume RUN"),
+    ("train --resume", "half", "cannot be read"),
+    ("train --resume", "attack", "cannot be read"),
+    ("train --resume", "newer program", "settings colour")])
+def test_a_strange_checkpoint_is_named(small_run, tmp_path, monkeypatch, capsys, command, damage,
+                                       words):
+    monkeypatch.setattr(sl, "load_both_splits", lambda config: pytest.fail("images were read"))
     folder = shutil.copytree(small_run, tmp_path / "run")
     path = folder / "checkpoint.pt"
     state = torch.load(path, weights_only=True)
+    average = {name: torch.nan * weight for name, weight in state["average"].items()}
     others = {"attack": {"step": Attack()}, "no average": {**state, "average": {}},
+              "not finite": {**state, "average": average},
               "newer program": {**state, "config": {**state["config"], "colour": "red"}}}
     torch.save(others.get(damage, state), path)
     if damage == "half":
         path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    if damage == "missing":
+        path.unlink()
     line = refused(capsys, *command.split(), folder)
-    assert str(folder) in line and ("settings colour" in line) == (damage == "newer program")
+    assert words in line and (str(folder) in line or damage == "not finite")
 
 
-def test_what_is_missing_is_named_with_a_command_that_works(tmp_path, monkeypatch, capsys, request):
-    def no_network(*arguments, **options):
-        raise OSError("no network")
-    for name in ("huggingface_hub.get_hf_file_metadata", "torch.hub.download_url_to_file"):
-        monkeypatch.setattr(name, no_network)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+def test_a_sheet_has_a_row_for_each_class(small_run, tmp_path, monkeypatch):
+    drawn, sheets = [], []
+
+    def images(run, labels, steps):
+        drawn.append((run[0], steps))
+        return labels.float().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+    monkeypatch.setattr(sl, "sample_images", images)
+    monkeypatch.setattr(sl, "picture", lambda *arguments: sheets.append(arguments))
+    command = ["sample", "--checkpoint", small_run / "checkpoint.pt"]
+    assert run(*command) == 0
+    assert run(*command, "--classes", "poppy", 3, "--count", 2, "--seed", 5, "--cfg-scale", 2,
+               "--tilt", 45, "--steps", 3, "--out", tmp_path / "new/x.PNG") == 0
+    (path, rows, names), (other_path, other_rows, other_names) = sheets
+    assert path == small_run / "sampled.png" and other_path == tmp_path / "new/x.PNG"
+    assert torch.stack(rows)[:, :, 0, 0, 0].tolist() == [[y] * 8 for y in range(12)]
+    assert names == [species[0] for species in sl.SPECIES]
+    assert torch.stack(other_rows)[:, :, 0, 0, 0].tolist() == [[9, 9], [3, 3]]
+    assert other_names == ["poppy", "clematis"] and other_path.parent.is_dir()
+    (config, steps), (other, other_steps) = drawn
+    assert steps == config.steps == 4 and other_steps == 3
+    assert (other.seed, other.cfg_scale, other.tilt) == (5, 2, 45)
+
+
+def test_names_of_classes_come_before_numbers():
+    assert [sl.class_number(word, ["rose", "lily"]) for word in ("lily", "0", "1")] == [1, 0, 1]
+    assert [sl.class_number(word, ["1", "10", "2"]) for word in ("1", "10", "2")] == [0, 1, 2]
+    with pytest.raises(sl.UserError, match="choose from 1, 10, 2"):
+        sl.class_number("0", ["1", "10", "2"])
+
+
+WEIGHTS = ["model.safetensors", "model.pt", "stat.pt", "pt_inception", "vgg16-397923af.pth"]
+
+
+@pytest.mark.parametrize("missing", WEIGHTS)
+def test_weights_that_are_missing_are_named_with_a_command_that_works(tmp_path, monkeypatch, capsys,
+                                                                      missing, request):
+    asked = []
+
+    def no_network(*words, **options):
+        asked.append([*map(str, words)])
+        if missing in asked[-1][-1 if len(words) == 2 and "/" in str(words[0]) else 0]:
+            raise OSError("no network")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / "my photos", *[f"{i}.png" for i in range(4)])
-    flags = ["--data-dir", "my photos", "--autoencoder", "dinov2-b", "--image-size", 256]
-    assert run("train", *flags, "--device", "cpu") == 2
+    words = ["--data-dir", "my photos", "--device", "cpu"]
+    kind = ["--autoencoder", "dinov2-b"]
+    if missing.startswith("vgg"):
+        kind = ["--method", "sphere-encoder"]
+    monkeypatch.setattr(sl, "load_both_splits", lambda config: pytest.fail("images were read"))
+    assert run("train", *words, *kind) == 2
     out, error = capsys.readouterr()
-    assert "No GPU found" in out.split("\n")[0] and "Traceback" not in error
-    for name in ("model.safetensors", "model.pt", "stat.pt", sl.INCEPTION):
-        assert f"{name} " in error
+    *_, line = error.strip().split("\n")
+    assert missing in line or missing in asked[-1][0] and "Inception" in line
+    for repository, file in re.findall(r"hf download (\S+) (\S+),", line):
+        assert asked[-1] == [repository, file] and file.endswith(missing)
+    assert ("hf download" in line) == ("model" in missing or "stat" in missing)
+    assert ("hf download" in line) != (str(tmp_path / "cache/hub/checkpoints") in line)
     trained = request.getfixturevalue("trained")             # from here on nothing is trained
-    assert run(*shlex.split(error.split("python sphere_latent.py")[-1])) == 0
-    assert trained[0].autoencoder == "tiny" and trained[0].data_dir == "my photos"
+    advice = line.split("To train without: ")[1]
+    if missing.startswith("vgg"):
+        command = ["train", *words, *kind, *advice.removeprefix("add ").split()]
+    else:
+        assert "No GPU found" in out.split("\n")[0] and advice in out
+        command = shlex.split(advice.removeprefix("python sphere_latent.py "))
+    assert run(*command) == 0
+    [config] = trained
+    sl.fetch_weights(config)                                 # it needs none
+    assert not sl.uses_rae(config) and config.data_dir == "my photos"
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "flowers", "animal-faces", "imagenet"])
+def test_a_data_set_that_is_missing_is_named(tmp_path, monkeypatch, capsys, dataset, request):
+    def no_network(*arguments, **options):
+        raise OSError("no network")
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, "train", "--dataset", dataset, "--autoencoder", "tiny")
+    assert dataset in line and sl.SOURCES[dataset] in line and "https://" in line
+    assert ("no network" in line) == (dataset in ("cifar10", "flowers"))
+    trained = request.getfixturevalue("trained")
+    assert run(*line.split("python sphere_latent.py ")[1].split()) == 0
+    assert trained[0].dataset == "drawn"
+
+
+@pytest.mark.parametrize("stream", [
+    io.StringIO, lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii")])
+def test_it_runs_in_notebooks_and_in_terminals_without_all_letters(small_run, tmp_path, monkeypatch,
+                                                                   stream):
+    folder = shutil.copytree(small_run, tmp_path / "né")
+    command = ["sample", "--checkpoint", str(folder), "--count", "1", "--steps", "1",
+               "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["sphere_latent.py", *command])
+    with contextlib.redirect_stdout(stream()), pytest.raises(SystemExit) as leaving:
+        runpy.run_path(sl.__file__, run_name="__main__")     # as `%run` does
+    assert leaving.value.code == 0 and (folder / "sampled.png").exists()

@@ -1,47 +1,102 @@
-"""Images in folders, as people have them: what is found, what is held out, what is read."""
+"""Images in files, as people have them: what is found, what is held out, what is read."""
+import hashlib
+import io
 import os
+import pickle
+import tarfile
 
 import numpy as np
 import pytest
-from conftest import fill
+import scipy.io
+import torch
+import torchvision.datasets
+from conftest import SMALL, fill
 from PIL import Image
 
 import sphere_latent as sl
 
+CPU = torch.device("cpu")
 
-def splits(folder, load=sl.find_images):
-    config = sl.Config(dataset="folder", data_dir=str(folder), image_size=16, patch_size=8)
-    return [load(config, split) for split in ("train", "test")]
+
+def settings(folder, dataset="folder", **changes):
+    changes = {"image_size": 16, "patch_size": 8, **changes}
+    return sl.Config(dataset=dataset, data_dir=str(folder), **changes)
+
+
+def both_splits(folder):
+    found = sl.find_images(settings(folder))
+    return found["train"], found["test"]
+
+
+def names_by_class(images):
+    found = {name: [] for name in images.classes}
+    for path, label in zip(images.paths, images.labels.tolist(), strict=True):
+        found[images.classes[label]].append(os.path.basename(path))
+    return found
 
 
 @pytest.mark.parametrize("names, expected", [
-    (["z/1.png", "é/2.png", "z/deep/3.png", "4.png"],        # loose images: the root's name
-     {"root": ["4.png"], "z": ["1.png", "3.png"], "é": ["2.png"]}),
-    (["a/1.PNG", "a/2.Jpg", "a/3.jfif", "a/4.h5", "5.pdf"], {"a": ["1.PNG", "2.Jpg", "3.jfif"]}),
-    (["a/1.png", "a/.2.png", "a/._3.png", ".b/4.png", "__MACOSX/a/5.png"], {"a": ["1.png"]}),
-    (["a/1.png", "runs/x/config.json", "runs/x/checkpoint.pt", "runs/x/samples.png"],
-     {"a": ["1.png"], "runs": []})])
+    (["z/1.png", "é/2.png", "z/deep/3.png", "a/4.png", "a/10.png"],
+     {"a": ["10.png", "4.png"], "z": ["1.png", "3.png"], "é": ["2.png"]}),
+    (["1.png", "2.png", "3.png", "notes/4.txt", "5.png"],    # no class: that of the folder
+     {"root": ["1.png", "2.png", "3.png", "5.png"]}),
+    (["a/1.PNG", "a/2.Jpg", "a/3.jfif", "a/4.webp", "a/5.h5", "a/6.mpg", "7.pdf"],
+     {"a": ["1.PNG", "2.Jpg", "3.jfif", "4.webp"]}),
+    (["a/1.png", "a/2.png", "a/3.png", "a/4.png", "a/.5.png", "a/._6.png", ".b/7.png",
+      "a/.c/8.png", "__MACOSX/a/9.png"], {"a": ["1.png", "2.png", "3.png", "4.png"]}),
+    (["1.png", "2.png", "3.png", "4.png", "runs/x/checkpoint.pt", "runs/x/samples.png"],
+     {"root": ["1.png", "2.png", "3.png", "4.png"]})])
 def test_what_is_found_in_a_folder(tmp_path, names, expected):
-    found = sl.find_image_files(str(fill(tmp_path / "root", *names)))
-    assert {name: list(map(os.path.basename, paths)) for name, paths in found.items()} == expected
+    train, _ = both_splits(fill(tmp_path / ".hidden/root", *names))
+    assert names_by_class(train) == expected and train.classes == sorted(expected)
 
 
-def test_a_tenth_is_held_out_by_name_wherever_the_folder_lies(tmp_path):
-    parts = []
-    for place in ("here", "there"):
-        fill(tmp_path / place, *[f"{c} {place}/{c}{i}.png" for c in "ab" for i in range(40)])
-        parts.append([[os.path.basename(path) for path, _ in images.samples]
-                      for images in splits(tmp_path / place)])
-    train, test = parts[0]
-    assert (len(train), len(test), len({*train, *test})) == (72, 8, 80) and parts[0] == parts[1]
+def test_links_are_followed_and_a_class_without_images_is_named(tmp_path, capsys):
+    fill(tmp_path, "root/a/1.png", "elsewhere/2.png", "elsewhere/3.png", "root/raw/1.heic")
+    fill(tmp_path, "4.png")
+    (tmp_path / "root/b").symlink_to("../elsewhere")
+    (tmp_path / "root/a/4.png").symlink_to("../../4.png")
+    train, _ = both_splits(tmp_path / "root")
+    assert names_by_class(train) == {"a": ["1.png", "4.png"], "b": ["2.png", "3.png"]}
+    assert "folder raw holds no image" in capsys.readouterr().out
 
 
-def test_folders_train_and_val_are_the_split(tmp_path):
-    train, _ = splits(fill(tmp_path, *[f"x/train/{c}/{i}.png" for c in "ab" for i in range(30)]))
-    assert train.classes == ["a", "b"]                       # not one class "x" or "train"
-    train, test = splits(fill(tmp_path, *[f"x/val/{c}/{i}.png" for c in "ab" for i in range(2)]))
-    assert train.classes == test.classes == ["a", "b"]
-    assert train.labels.bincount().tolist() == [30, 30] and test.labels.tolist() == [0, 0, 1, 1]
+def test_of_each_class_every_tenth_image_is_held_out(tmp_path):
+    counts = {"a": 40, "b": 9, "c": 25}
+    files = [f"{name}/{i:02}.png" for name in counts for i in range(counts[name])]
+    train, test = map(names_by_class, both_splits(fill(tmp_path, *files)))
+    assert test == {"a": ["09.png", "19.png", "29.png", "39.png"], "b": [],
+                    "c": ["09.png", "19.png"]}
+    for name, count in counts.items():                       # none is lost or doubled
+        assert sorted(train[name] + test[name]) == [f"{i:02}.png" for i in range(count)]
+
+
+def test_of_few_images_none_is_held_out(tmp_path):
+    train, test = both_splits(fill(tmp_path, *[f"{i}.png" for i in range(19)]))
+    assert train is test and len(train) == 19
+    train, test = both_splits(fill(tmp_path, "19.png"))
+    assert (len(train), len(test)) == (18, 2)
+
+
+@pytest.mark.parametrize("other", ["val", "test"])
+def test_folders_train_and_val_are_the_split(tmp_path, other):
+    folder = fill(tmp_path, *[f"train/{name}/{i}.png" for name in "abc" for i in range(30)])
+    train, _ = both_splits(folder / "train")                 # alone it is a folder of classes
+    assert train.classes == ["a", "b", "c"] and len(train) == 90 - 9
+    fill(folder, f"{other}/b/0.png", f"{other}/c/1.png", f"{other}/c/2.png")
+    train, test = both_splits(folder)
+    assert train.classes == test.classes == ["a", "b", "c"]
+    assert train.labels.bincount().tolist() == [30, 30, 30] and test.labels.tolist() == [1, 2, 2]
+    assert sl.find_images(settings(folder, "imagenet"))["test"].paths == test.paths
+    with pytest.raises(sl.UserError, match="no folders train and val"):
+        sl.find_images(settings(folder / "train", "imagenet"))
+
+
+def test_validation_images_without_class_folders(tmp_path):
+    """As ImageNet's: they are compared with, and no result needs their labels."""
+    fill(tmp_path, *[f"train/{name}/{i}.JPEG" for name in "ab" for i in range(3)])
+    _, test = both_splits(fill(tmp_path, *[f"val/{i}.JPEG" for i in range(5)]))
+    assert list(map(os.path.basename, test.paths)) == [f"{i}.JPEG" for i in range(5)]
 
 
 QUARTERS = np.array([[0, 80], [160, 240]], np.uint8).repeat(8, 0).repeat(8, 1)
@@ -55,14 +110,37 @@ WIDE.paste((0, 60, 0), (191, 0, 209, 18))                    # the square in the
 @pytest.mark.parametrize("image, ending, options, expected", [
     (Image.new("CMYK", (9, 9), (0, 255, 0, 0)), "tiff", {}, (255, 0, 255)),
     (Image.new("RGBA", (9, 9), (0, 100, 200, 128)), "png", {}, (127, 177, 227)),
+    (Image.new("P", (9, 9)), "png", {"transparency": 0}, (255, 255, 255)),
     (Image.new("RGB", (1, 1), (200, 0, 9)), "png", {}, (200, 0, 9)),
     (WIDE, "png", {}, (0, 60, 0)),
+    (WIDE.transpose(Image.Transpose.ROTATE_90), "png", {}, (0, 60, 0)),
     (Image.fromarray(CHECKERBOARD), "png", {}, 127.5),       # antialiased
     (Image.fromarray(np.rot90(QUARTERS).copy()), "jpg", {"exif": TURNED}, QUARTERS[..., None])])
 def test_an_image_becomes_an_upright_square_over_white(tmp_path, image, ending, options, expected):
     image.save(tmp_path / f"a.{ending}", **options)
-    x, _ = sl.ImageFiles([(tmp_path / f"a.{ending}", 0)], ["a"], 16)[0]
-    assert np.abs(255 * x.permute(1, 2, 0).numpy() - np.array(expected)).mean() < 3
+    pixels = sl.read_image(tmp_path / f"a.{ending}", 16)
+    assert pixels.dtype == torch.uint8
+    assert np.abs(pixels.permute(1, 2, 0).numpy() - np.array(expected)).mean() < 3
+
+
+def crop_of_adm(image, size):
+    while min(image.size) >= 2 * size:
+        image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return torch.from_numpy(pixels[top:top + size, left:left + size]).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("width, height", [(301, 203), (203, 509), (128, 131), (40, 31)])
+def test_the_crop_is_that_of_adm(tmp_path, width, height):
+    coarse = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    photograph = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    photograph.save(tmp_path / "a.png")
+    for size in (32, 64):
+        pixels = sl.read_image(tmp_path / "a.png", size)
+        torch.testing.assert_close(pixels, crop_of_adm(photograph, size), rtol=0, atol=0)
 
 
 def cut(path):
@@ -70,24 +148,168 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:2000])
 
 
-@pytest.mark.parametrize("spoil", [
-    cut, lambda path: path.write_text("dear diary"),
-    lambda path: Image.new("I;16", (9, 9)).save(path, "PNG")])       # 16 bits: the range is unknown
-def test_a_file_that_cannot_be_used_is_named_and_skipped(tmp_path, capsys, spoil):
-    spoil(fill(tmp_path, *[f"{i}.png" for i in range(30)]) / "broken.jpg")
-    assert sum(map(len, splits(tmp_path, sl.load_images))) == 30
-    assert capsys.readouterr().err.count(f"skipped: {tmp_path / 'broken.jpg'}") == 1
+@pytest.mark.parametrize("spoil, why", [
+    (cut, "truncated"), (lambda path: path.write_text("dear diary"), "cannot identify"),
+    (lambda path: Image.new("I;16", (9, 9)).save(path, "PNG"), "convert it to 8 bits")])
+def test_a_file_that_cannot_be_used_is_named_and_skipped(tmp_path, capsys, spoil, why):
+    fill(tmp_path, *[f"{name}/{i}.png" for name in "ab" for i in range(3)])
+    for name in ("a/broken.jpg", "a/0.jpg", "b/3.jpg"):      # three of nine
+        spoil(tmp_path / name)
+    images = sl.load_images(settings(tmp_path), "train")
+    assert images.labels.tolist() == [0, 0, 0, 1, 1, 1] and len(images.pixels) == 6
+    errors = capsys.readouterr().err
+    assert errors.count(f"skipped: {tmp_path / 'a/broken.jpg'}") == 1
+    assert errors.count("skipped:") == errors.count(why) == 3
 
 
-def test_too_many_of_them_are_an_error_that_names_their_folder(tmp_path):
-    fill(tmp_path, *[f"good/{i}.png" for i in range(200)], *[f"bad/{i}.jpg" for i in range(20)])
-    with pytest.raises(sl.UserError, match=rf"\d+ of \d+ images cannot.*{tmp_path}/bad"):
-        splits(tmp_path, sl.load_images)
+def test_half_of_the_images_broken_or_a_whole_class_is_refused(tmp_path):
+    def read():
+        return sl.load_images(settings(tmp_path), "train")
+    fill(tmp_path, *[f"a/{i}.png" for i in range(9)])
+    fill(tmp_path, "b/good.png", *[f"b/{i}.jpg" for i in range(8)])          # empty files
+    assert len(read()) == 10
+    (tmp_path / "b/good.png").unlink()
+    with pytest.raises(sl.UserError, match="no image of class b can be read"):
+        read()
+    fill(tmp_path, "b/8.jpg")
+    with pytest.raises(sl.UserError, match=f"9 of 18 images cannot be read: {tmp_path}/b/0.jpg"):
+        read()
 
 
-def test_links_are_followed_and_loops_are_not(tmp_path):
-    fill(tmp_path, "root/a/1.png", "elsewhere/2.png")
-    (tmp_path / "root/b").symlink_to("../elsewhere")
-    (tmp_path / "root/a/loop").symlink_to("..")
-    found = sl.find_image_files(str(tmp_path / "root"))
-    assert {name: len(paths) for name, paths in found.items()} == {"a": 1, "b": 1}
+def numbered(folder, count):
+    """Images that say their number in every pixel, and are white on the left."""
+    for i in range(count):
+        image = Image.new("RGB", (16, 16), (i, i, i))
+        image.paste("white", (0, 0, 4, 16))
+        image.save(fill(folder, f"{i % 2}/x") / f"{i % 2}/{i:03}.png")
+    return folder
+
+
+def test_a_batch_is_the_images_one_by_one(tmp_path, monkeypatch):
+    """In memory and from files; pixels stay uint8 until they are on the device."""
+    config = settings(numbered(tmp_path, 60))
+    in_memory = sl.load_images(config, "train")
+    monkeypatch.setattr(sl, "IN_MEMORY", 0)
+    from_files = sl.load_images(config, "train")
+    assert in_memory.pixels is not None and from_files.pixels is None
+    for images in (in_memory, from_files):
+        pixels, labels = images.__getitems__([7, 31, 7])
+        assert pixels.dtype == torch.uint8 and len(images) == 54
+        for x, label, i in zip(pixels, labels.tolist(), [7, 31, 7], strict=True):
+            image, single = images[i]
+            assert torch.equal(255 * image, x.float()) and image.max() == 1
+            assert single == label == x[0, 0, 8] % 2 and type(single) is int
+        loaded = list(sl.make_loader(images, [[3, 1], [53]], CPU))
+        assert [len(labels) for _, labels in loaded] == [2, 1]
+        assert all(pixels.dtype == torch.uint8 for pixels, _ in loaded)
+    assert sl.make_loader(from_files, [[0]], CPU).num_workers > 0
+
+
+def test_training_batches_are_the_same_from_files(tmp_path, monkeypatch):
+    config = settings(numbered(tmp_path, 60))
+    in_memory = sl.load_images(config, "train")
+    monkeypatch.setattr(sl, "IN_MEMORY", 0)
+    from_files = sl.load_images(config, "train")
+
+    def batches(images, steps=range(4), **changes):
+        changed = settings(tmp_path, **changes)
+        return list(sl.random_batches(images, 40, steps, changed, "update", CPU))
+    drawn = batches(in_memory)
+    for (x, labels), (other, others) in zip(drawn, batches(from_files), strict=True):
+        assert torch.equal(x, other) and torch.equal(labels, others)
+    numbers = torch.cat([(255 * x[:, 0, 0, 8]).round().long() for x, _ in drawn])
+    assert torch.equal(numbers % 2, torch.cat([labels for _, labels in drawn]))
+    assert 45 < len(numbers.unique()) <= 54                  # drawn with replacement, all of them
+    is_mirrored = torch.cat([x[:, 0, 0, 0] < 1 for x, _ in drawn])
+    assert 55 < is_mirrored.sum() < 105                      # half of 160
+    for x, _ in batches(in_memory, flips=False):
+        assert (x[:, :, :, :4] == 1).all()
+    [again] = batches(in_memory, range(2, 3))                # nothing depends on earlier updates
+    assert torch.equal(again[0], drawn[2][0])
+    for changes in ({"seed": 1}, {"steps": range(4, 5)}):
+        assert not torch.equal(batches(in_memory, **changes)[0][1], drawn[0][1])
+
+
+def test_an_image_that_breaks_later_stops_a_run_in_one_line(tmp_path, monkeypatch, capsys):
+    numbered(tmp_path / "images", 8)
+    (tmp_path / "images/0/000.png").write_bytes(b"")
+    monkeypatch.setattr(sl, "IN_MEMORY", 0)
+    flags = ["--data-dir", str(tmp_path / "images"), "--out", str(tmp_path / "run")]
+    assert sl.main(["train", *SMALL, *flags]) == 2
+    *_, line = capsys.readouterr().err.strip().split("\n")
+    assert line.startswith(f"sphere_latent.py: {tmp_path / 'images/0/000.png'} cannot be read")
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def make_cifar10(folder, monkeypatch):
+    """cifar-10-python.tar.gz as published, but for two images a batch. Returns all pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 3072), dtype=np.uint8)
+    pixels[0] = np.tile(CHECKERBOARD[:32, :32].ravel(), 3)
+    contents = {"batches.meta": {"label_names": list("abcdefghij")}}
+    for i, name in enumerate([*[f"data_batch_{n}" for n in range(1, 6)], "test_batch"]):
+        contents[name] = {"data": pixels[2 * i:2 * i + 2], "labels": [i, 9 - i]}
+    data = torchvision.datasets.CIFAR10
+    with tarfile.open(folder / data.filename, "w:gz") as archive:
+        for name, content in contents.items():
+            file = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            content = pickle.dumps(content)
+            file.size = len(content)
+            archive.addfile(file, io.BytesIO(content))
+    monkeypatch.setattr(data, "tgz_md5", md5(folder / data.filename))
+    monkeypatch.setattr(data, "train_list", [[f"data_batch_{n}", None] for n in range(1, 6)])
+    monkeypatch.setattr(data, "test_list", [["test_batch", None]])
+    monkeypatch.setattr(data, "meta", {**data.meta, "md5": None})
+    return torch.from_numpy(pixels).view(12, 3, 32, 32)
+
+
+def test_cifar10_from_its_archive(tmp_path, monkeypatch):
+    pixels = make_cifar10(tmp_path, monkeypatch)
+    train, test = sl.load_both_splits(settings(tmp_path, "cifar10", image_size=32))
+    assert torch.equal(train.pixels, pixels[:10]) and torch.equal(test.pixels, pixels[10:])
+    assert train.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5] and test.labels.tolist() == [5, 4]
+    assert train.classes == list("abcdefghij")
+    smaller = sl.load_images(settings(tmp_path, "cifar10"), "train").pixels
+    assert smaller.shape == (10, 3, 16, 16) and smaller.dtype == torch.uint8
+    assert (smaller[0].float() - 127.5).abs().mean() < 3     # antialiased
+
+
+def make_flowers(folder, monkeypatch, size=16):
+    """Oxford-Flowers as published, but 40 images of 2 classes. An image says class and number."""
+    folder = folder / "flowers-102"
+    folder.mkdir(parents=True)
+    labels = np.array([[1 + i // 20 for i in range(40)]])
+    scipy.io.savemat(folder / "imagelabels.mat", {"labels": labels})
+    numbers = np.random.default_rng(0).permutation(40) + 1
+    parts = {"trnid": numbers[None, :10], "valid": numbers[None, 10:15], "tstid": numbers[None, 15:]}
+    scipy.io.savemat(folder / "setid.mat", parts)
+    with tarfile.open(folder / "102flowers.tgz", "w:gz") as archive:
+        for i in range(40):
+            file, content = tarfile.TarInfo(f"jpg/image_{i + 1:05}.jpg"), io.BytesIO()
+            Image.new("RGB", (size, size), (200 * (i // 20), 6 * i, 0)).save(content, "JPEG")
+            file.size = content.tell()
+            content.seek(0)
+            archive.addfile(file, content)
+    files = {name: (file, md5(folder / file)) for name, (file, _)
+             in torchvision.datasets.Flowers102._file_dict.items()}
+    monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict", files)
+
+
+@pytest.mark.parametrize("autoencoder", ["dinov2-b", "tiny"])
+def test_oxford_flowers_from_its_archive(tmp_path, monkeypatch, autoencoder):
+    make_flowers(tmp_path, monkeypatch)
+    original, read = sl.read_image, []
+    monkeypatch.setattr(sl, "read_image", lambda path, size: read.append(path) or original(path, size))
+    train, test = sl.load_both_splits(settings(tmp_path, "flowers", autoencoder=autoencoder))
+    assert len(read) == len(set(read)) == 40                 # each is read once
+    assert train.classes[:2] == ["pink primrose", "hard-leaved pocket orchid"]
+    if autoencoder == "dinov2-b":                            # both are all photographs
+        assert train is test and train.labels.bincount().tolist() == [20, 20]
+    else:                                                    # every tenth is held out
+        assert train.labels.bincount().tolist() == [18, 18]
+        greens = (test.pixels[:, 1].float().mean((1, 2)) / 6).round().tolist()
+        assert test.labels.tolist() == [0, 0, 1, 1] and greens == [9, 19, 29, 39]
+    reds = train.pixels[:, 0].float().mean((1, 2))
+    assert torch.equal(train.labels, (reds > 100).long())

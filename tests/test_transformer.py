@@ -29,31 +29,24 @@ def test_a_new_transformer_is_the_zero_function_and_its_blocks_the_identity():
     assert sl.modulate(3, shift=1, scale=0.5) == 5.5         # 3 (1 + 0.5) + 1
 
 
-def test_every_label_gives_another_output_and_none_that_of_the_null_label():
-    model, x = random_denoiser(), points(0, 1, 16, 8).expand(4, -1, -1)
-    outputs = model(x, torch.tensor([0, 1, 2, 3])).flatten(1)
-    assert (torch.cdist(outputs, outputs) + torch.eye(4)).min() > 1e-2
-    torch.testing.assert_close(model(x).flatten(1), outputs[3].expand(4, -1))
+def test_every_label_and_every_position_gives_another_output():
+    model, x = random_denoiser(), points(0, 1, 1, 8).expand(4, 16, 8)        # all tokens are equal
+    outputs = model(x, torch.tensor([0, 1, 2, 3]))
+    tokens = outputs.flatten(0, 1)
+    assert (torch.cdist(tokens, tokens) + torch.eye(64)).min() > 1e-2
+    torch.testing.assert_close(model(x), outputs[3:].expand(4, -1, -1))      # the null label's
 
 
 def test_attention_by_hand():
-    """Token by token and head by head; with gradients and without, which is another branch."""
+    """With gradients and without, which is another branch."""
     block, x = random_denoiser().blocks[0], points(0, 1, 5, 64)
-    mixed = torch.zeros(5, 64)
-    for channels in (slice(0, 32), slice(32, 64)):           # of the two heads
-        q, k, value = [layer(x[0])[:, channels] for layer in (block.q, block.k, block.v)]
+    mixed = []
+    for head in (slice(0, 32), slice(32, 64)):
+        q, k, value = [layer(x[0])[:, head] for layer in (block.q, block.k, block.v)]
         q = q / q.square().mean(1, keepdim=True).sqrt() * block.q_norm.weight
         k = k / k.square().mean(1, keepdim=True).sqrt() * block.k_norm.weight
-        for n in range(5):
-            weights = (k @ q[n] / 32 ** 0.5).exp()
-            mixed[n, channels] = weights @ value / weights.sum()
-    expected = (mixed @ block.out.weight.T)[None]
+        mixed.append((q @ k.T / 32 ** 0.5).softmax(1) @ value)
+    expected = (torch.cat(mixed, dim=1) @ block.out.weight.T)[None]
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             torch.testing.assert_close(block.attention(x), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_position_of_a_token_matters():
-    model, x = random_denoiser(), points(0, 1, 1, 8).expand(1, 16, 8)        # all tokens are equal
-    outputs = model(x, torch.tensor([1]))[0]
-    assert (torch.cdist(outputs, outputs) + torch.eye(16)).min() > 1e-2
