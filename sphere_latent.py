@@ -1598,8 +1598,8 @@ def fit(model, autoencoder, images, config, folder, saved=None):
         if saving:
             save_run(folder, state, images.classes, config, step, log)
             if step < config.train_steps:
-                progress_figures(run, images.classes, log, folder)
-    progress_figures(run, images.classes, log, folder)
+                progress_figures(run, images, log, folder)
+    progress_figures(run, images, log, folder)
     return run
 
 
@@ -1681,11 +1681,14 @@ def picture(path, rows, row_names, column_names=()):
 STEP_COUNTS = (1, 2, 4, 6)
 
 
-def sample_figure(run, classes, path):
-    """The same random points after 1, 2, 4 and 6 steps, a class in each column."""
-    labels = balanced_labels(12, len(classes))
-    rows = [sample_images(run, labels, steps) for steps in STEP_COUNTS]
-    picture(path, rows, [f"steps: {steps}" for steps in STEP_COUNTS], [classes[y] for y in labels])
+def sample_figure(run, images, path):
+    """A training image of each class, and the same random points after 1, 2, 4 and 6 steps."""
+    labels = balanced_labels(12, len(images.classes))
+    first_of_class = [(images.labels == label).nonzero()[0].item() for label in labels]
+    rows = [torch.stack([images[i][0] for i in first_of_class])]
+    rows += [sample_images(run, labels, steps) for steps in STEP_COUNTS]
+    names = ["training image", *[f"steps: {steps}" for steps in STEP_COUNTS]]
+    picture(path, rows, names, [images.classes[label] for label in labels])
 
 
 def reconstruction_figure(run, images, device, path):
@@ -1709,9 +1712,9 @@ def loss_figure(log, path):
     figure.savefig(path, bbox_inches="tight")
 
 
-def progress_figures(run, classes, log, folder):
+def progress_figures(run, images, log, folder):
     """The pictures that are drawn with every checkpoint."""
-    sample_figure(run, classes, folder / "samples.png")
+    sample_figure(run, images, folder / "samples.png")
     if rank() == 0:
         loss_figure(log, folder / "loss.png")
 

@@ -1,25 +1,27 @@
 """The frozen autoencoders: TinyRAE, and the paper's RAE against its official code."""
 import pytest
-import safetensors.torch
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, fewer_drawings
 
 import sphere_latent as sl
 
-FIXTURES = ROOT.parent / "shared" / "fixtures"               # what the official code of RAE gives
-CONFIG = sl.Config(image_size=16, patch_size=8, latent_channels=6, autoencoder_steps=40,
-                   batch_size=16)
+FIXTURES = ROOT / "tests" / "fixtures"                       # what the official code of RAE gives
 RAE_DECODER = sl.RAEDecoder
 
 
 @pytest.fixture(scope="module")
 def tiny(small_sizes):
-    """-> a TinyRAE that learned for a second, its images."""
-    images = sl.load_images(CONFIG, "train")
+    """A TinyRAE that learned for a second, its images, what its decoder was given."""
+    images, given = fewer_drawings("train", 16).pixels / 255, []
+    config = sl.Config(autoencoder_steps=60)
     torch.manual_seed(0)
-    autoencoder = sl.fit_tiny_rae(sl.load_autoencoder("tiny", CONFIG), images, CONFIG)
-    return autoencoder, images.pixels / 255
+    autoencoder = sl.TinyRAE(16, 8, 6)
+    decode = autoencoder.decode_unclamped
+    autoencoder.decode_unclamped = lambda z: (given.append(z), decode(z))[1]
+    sl.fit_tiny_rae(autoencoder, images, images.repeat(4, 1, 1, 1).split(16), config)
+    del autoencoder.decode_unclamped
+    return autoencoder, images, given
 
 
 def test_patches_overlap_and_nothing_is_lost():
@@ -33,32 +35,39 @@ def test_patches_overlap_and_nothing_is_lost():
     assert effect[:10, :10].min() > 0 and effect[10:].max() == effect[:, 10:].max() == 0
 
 
-def test_pca_is_the_best_linear_code(tiny):
-    autoencoder, images = tiny
+def test_pca_is_the_best_linear_code_and_its_numbers_are_scaled(tiny):
+    autoencoder, images, _ = tiny
     patches = autoencoder.pca.patches(images).flatten(0, 1)
     lost = torch.linalg.svdvals(patches - patches.mean(0))[6:].square().sum() / patches.numel()
     rebuilt = autoencoder.pca.decode(autoencoder.pca.encode(images))
     torch.testing.assert_close((rebuilt - images).square().mean(), lost, rtol=1e-3, atol=0)
-
-
-def test_latents_have_mean_0_and_variance_1_and_images_are_from_0_to_1(tiny):
-    autoencoder, images = tiny
     z = autoencoder.encode(images)
     assert z.shape == (240, 4, 6) and z.mean((0, 1)).abs().max() < 1e-4
     assert z.square().mean().item() == pytest.approx(1, abs=0.01)
+    deviations = torch.linalg.svdvals(patches - patches.mean(0))[:6]         # of the plain numbers
+    torch.testing.assert_close(z.std((0, 1)).square() / deviations, (z.std((0, 1)).square().sum()
+                               / deviations.sum()).expand(6), rtol=1e-3, atol=0)
+
+
+def test_the_decoder_learns_clean_images_from_latents_with_new_noise(tiny):
+    autoencoder, images, given = tiny
+    clean = autoencoder.encode(images).repeat(4, 1, 1).split(16)
+    noise = torch.cat(given) - torch.cat(clean)
+    sigma = noise.std((1, 2))                                # of 0.25 |normal|, for each image
+    assert sigma.mean().item() == pytest.approx(0.25 * 0.8, rel=0.1)
+    assert sigma.std().item() == pytest.approx(0.25 * 0.6, rel=0.15)
+    assert (torch.pdist((noise / sigma.view(-1, 1, 1)).flatten(1)) > 1).all()
+    z, rest = autoencoder.encode(images), noise[:240]
+    linear, decoded = [(decode(z + rest) - images).square().mean() for decode in
+                       (autoencoder.pca.decode, autoencoder.decode)]
+    assert decoded < 0.8 * linear
     x = autoencoder.decode(10 * z)
     assert x.shape == images.shape and x.min() == 0 and x.max() == 1
     assert not any(parameter.requires_grad for parameter in autoencoder.parameters())
 
 
-def fixture(name):
-    if not (FIXTURES / name).exists():
-        pytest.skip(f"{FIXTURES / name} is not here")
-    return torch.load(FIXTURES / name, weights_only=True)
-
-
-def test_decoder_is_the_official_one_and_strict_about_keys():
-    data = fixture("rae_decoder_a.pt")
+def test_rae_decoder_is_the_official_one_and_strict_about_keys():
+    data = torch.load(FIXTURES / "rae_decoder_a.pt", weights_only=True)
     names = ("encoder_width", "patches", "width", "depth", "heads", "mlp", "patch")
     decoder = RAE_DECODER(*[data["config"][name] for name in names])
     torch.testing.assert_close(decoder.decoder_pos_embed, data["state_dict"]["decoder_pos_embed"])
@@ -72,8 +81,8 @@ def test_decoder_is_the_official_one_and_strict_about_keys():
 
 
 @pytest.mark.slow
-def test_encoder_is_the_official_one(monkeypatch):
-    data = fixture("rae_encoder_a.pt")
+def test_rae_encoder_is_the_official_one(monkeypatch):
+    data = torch.load(FIXTURES / "rae_encoder_a.pt", weights_only=True)
     monkeypatch.syspath_prepend(FIXTURES)
     import seeded_weights as seeded
     monkeypatch.setattr(sl, "RAEDecoder", lambda: RAE_DECODER(depth=1))      # not needed here
@@ -85,20 +94,21 @@ def test_encoder_is_the_official_one(monkeypatch):
     torch.testing.assert_close(z[:, ::5, ::5], data["normalised"], rtol=0, atol=1e-3)
 
 
-def test_files_placed_by_hand_are_what_is_loaded(tmp_path, monkeypatch):
-    """Files as published, with positions for 518 pixels; but of one block, and random."""
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, **k, depth=1))
+def test_published_files_are_what_rae_decodes_with(tmp_path, monkeypatch):
+    """Files as published, but of one block, and random."""
+    import huggingface_hub
+    wanted, create = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: (
+        wanted.append(pretrained), create(name, depth=1, **options))[1])
     monkeypatch.setattr(sl, "RAEDecoder", lambda: RAE_DECODER(depth=1))
-    encoder = timm.create_model("vit_base_patch14_reg4_dinov2", num_classes=0).state_dict()
-    decoder = sl.RAEDecoder().state_dict()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download",
+                        lambda repository, file: tmp_path / file.split("/")[-1])
+    decoder, z = sl.RAEDecoder(), torch.randn(1, 256, 768)
     statistics = {"mean": torch.randn(768, 16, 16), "var": torch.rand(768)}
-    safetensors.torch.save_file(encoder, tmp_path / "model.safetensors")
-    torch.save(decoder, tmp_path / "model.pt")
+    torch.save(decoder.state_dict(), tmp_path / "model.pt")
     torch.save(statistics, tmp_path / "stat.pt")
-    rae = sl.load_autoencoder("dinov2-b", sl.Config(weights_dir=str(tmp_path)))
-    positions = timm.layers.resample_abs_pos_embed(encoder["pos_embed"], [16, 16], None, 0)
-    torch.testing.assert_close(rae.encoder.pos_embed, positions)
-    assert torch.equal(rae.decoder.decoder_embed.weight, decoder["decoder_embed.weight"])
-    assert torch.equal(rae.latent_mean[16 * 2 + 5], statistics["mean"][:, 2, 5])         # token 37
-    assert torch.equal(rae.latent_var[0], statistics["var"])
+    rae = sl.load_autoencoder("dinov2-b")
+    tokens = z * (statistics["var"] + 1e-5).sqrt() + statistics["mean"].flatten(1).T
+    torch.testing.assert_close(rae.decode(z), decoder.eval()(tokens).clamp(0, 1))
+    assert wanted == [True] and not any(p.requires_grad for p in rae.parameters())
+    assert not rae.training

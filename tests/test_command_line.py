@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import pathlib
-import re
 import runpy
 import shlex
 import shutil
@@ -70,7 +69,7 @@ WRONG = {
         "now", "--flips=yes", "--batch=8", "--resume absent", "--image-size=50", "--image-size=0",
         "--patch-size 33 --image-size=66", "--latent-channels=769", "--device=cuda:99",
         "--autoencoder dinov2-b --image-size=64", "--device=meta", "--data-dir absent",
-        "--noise-distribution uniform-tangent --max-angle=90", "--dataset imagenet --data-dir ."],
+        "--noise-distribution uniform-tangent --max-angle=90"],
     "train --resume RUN": ["--overwrite"],
     "evaluate --checkpoint RUN": ["absent", "--eval-samples=1", "--steps=2"],
     "sample --checkpoint RUN": [
@@ -208,44 +207,38 @@ def test_names_of_classes_come_before_numbers():
         sl.class_number("0", ["1", "10", "2"])
 
 
-WEIGHTS = ["model.safetensors", "model.pt", "stat.pt", "pt_inception", "vgg16-397923af.pth"]
-
-
-@pytest.mark.parametrize("missing", WEIGHTS)
+@pytest.mark.parametrize("missing", [
+    "model.safetensors", "model.pt", "stat.pt", "pt_inception", "vgg16-397923af.pth"])
 def test_weights_that_are_missing_are_named_with_a_command_that_works(tmp_path, monkeypatch, capsys,
-                                                                      missing, request):
-    asked = []
+                                                                      request, missing):
+    advised = [str(tmp_path / "cache/hub/checkpoints")]      # how to get them
 
-    def no_network(*words, **options):
-        asked.append([*map(str, words)])
-        if missing in asked[-1][-1 if len(words) == 2 and "/" in str(words[0]) else 0]:
+    def hf_hub_download(repository, file):
+        if file.endswith(missing):
+            advised[0] = f"hf download {repository} {file},"
             raise OSError("no network")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+
+    def download_url_to_file(*arguments, **options):
+        raise OSError("no network")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download_url_to_file)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    fill(tmp_path / "my photos", *[f"{i}.png" for i in range(4)])
-    words = ["--data-dir", "my photos", "--device", "cpu"]
-    kind = ["--autoencoder", "dinov2-b"]
-    if missing.startswith("vgg"):
-        kind = ["--method", "sphere-encoder"]
     monkeypatch.setattr(sl, "load_both_splits", lambda config: pytest.fail("images were read"))
-    assert run("train", *words, *kind) == 2
+    is_vgg = missing.startswith("vgg")
+    kind = ["--method", "sphere-encoder"] if is_vgg else ["--autoencoder", "dinov2-b"]
+    words = ["train", "--data-dir", "my photos", "--device", "cpu", *kind]
+    assert run(*words) == 2
     out, error = capsys.readouterr()
     *_, line = error.strip().split("\n")
-    assert missing in line or missing in asked[-1][0] and "Inception" in line
-    for repository, file in re.findall(r"hf download (\S+) (\S+),", line):
-        assert asked[-1] == [repository, file] and file.endswith(missing)
-    assert ("hf download" in line) == ("model" in missing or "stat" in missing)
-    assert ("hf download" in line) != (str(tmp_path / "cache/hub/checkpoints") in line)
-    trained = request.getfixturevalue("trained")             # from here on nothing is trained
+    assert missing in error and "no network" in line and advised[0] in line
     advice = line.split("To train without: ")[1]
-    if missing.startswith("vgg"):
-        command = ["train", *words, *kind, *advice.removeprefix("add ").split()]
+    if is_vgg:
+        words += advice.removeprefix("add ").split()
     else:
         assert "No GPU found" in out.split("\n")[0] and advice in out
-        command = shlex.split(advice.removeprefix("python sphere_latent.py "))
-    assert run(*command) == 0
+        words = shlex.split(advice)[2:]                      # after python sphere_latent.py
+    trained = request.getfixturevalue("trained")             # from here on nothing is trained
+    assert run(*words) == 0
     [config] = trained
     sl.fetch_weights(config)                                 # it needs none
     assert not sl.uses_rae(config) and config.data_dir == "my photos"
@@ -265,14 +258,13 @@ def test_a_data_set_that_is_missing_is_named(tmp_path, monkeypatch, capsys, data
     assert trained[0].dataset == "drawn"
 
 
-@pytest.mark.parametrize("stream", [
-    io.StringIO, lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii")])
-def test_it_runs_in_notebooks_and_in_terminals_without_all_letters(small_run, tmp_path, monkeypatch,
-                                                                   stream):
-    folder = shutil.copytree(small_run, tmp_path / "né")
-    command = ["sample", "--checkpoint", str(folder), "--count", "1", "--steps", "1",
-               "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", ["sphere_latent.py", *command])
-    with contextlib.redirect_stdout(stream()), pytest.raises(SystemExit) as leaving:
+@pytest.mark.parametrize("stream, word", [
+    (io.StringIO(), "é"), (io.TextIOWrapper(io.BytesIO(), encoding="ascii"), r"\xe9")])
+def test_it_runs_in_notebooks_and_in_terminals_without_all_letters(tmp_path, monkeypatch, stream,
+                                                                   word):
+    fill(tmp_path, "a/1.png", "a/2.png", "é/3.txt")
+    monkeypatch.setattr("sys.argv", ["", "train", "--data-dir", str(tmp_path), "--device", "cpu"])
+    with contextlib.redirect_stdout(stream), pytest.raises(SystemExit) as leaving:
         runpy.run_path(sl.__file__, run_name="__main__")     # as `%run` does
-    assert leaving.value.code == 0 and (folder / "sampled.png").exists()
+    stream.seek(0)
+    assert leaving.value.code == 2 and f"folder {word} holds no image" in stream.read()

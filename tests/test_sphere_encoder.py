@@ -3,10 +3,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import sphere_latent as sl
-from conftest import SMALL
+from conftest import SMALL, points
 
 LABELS, NULL = torch.tensor([0, 2]), torch.tensor([3, 3])
 
@@ -31,12 +32,55 @@ def test_each_step_decodes_encodes_and_tilts_by_the_same_noise(generator, scale)
     torch.testing.assert_close(images, x.clamp(0, 1), rtol=0, atol=1e-3)
 
 
-def test_it_is_trained_and_sampled(tmp_path):
-    flags = [*SMALL[:6], *SMALL[8:], "--method", "sphere-encoder"]
-    assert sl.main(["train", *flags, "--out", str(tmp_path)]) == 0
-    _, autoencoder, model = sl.load_run(tmp_path)
-    assert autoencoder is model
-    for head in (model.encoder.head, model.decoder.transformer.head):
-        assert head.weight.any()                             # zero before the first update
-    assert sl.main(["sample", "--checkpoint", str(tmp_path), "--classes", "poppy"]) == 0
-    assert Image.open(tmp_path / "sampled.png").size[0] > 128
+def test_losses_of_an_autoencoder_that_only_reshapes(monkeypatch):
+    """A latent has as many numbers as its image; the distances are then known."""
+    config = sl.Config(image_size=16, patch_size=8, latent_channels=192, reconstruction_weight=2,
+                       consistency_weight=3, latent_consistency_weight=5, perceptual_weight=7)
+    model, images, e = sl.SphereEncoder(config, 3), points(0, 2, 3, 16, 16), points(1, 2, 4, 192)
+    monkeypatch.setattr(model, "encode", lambda x, labels: sl.spherify(x.view(-1, 4, 192)))
+    monkeypatch.setattr(model, "decode", lambda v, labels: v.view(-1, 3, 16, 16))
+    v = sl.spherify(images.view(2, 4, 192))
+    small, large = [sl.noisy_spherify(v, e, alpha) for alpha in (0.2, 1.2)]
+    x_small, x_large = small.view_as(images), large.view_as(images)
+    expected = {"reconstruction": F.smooth_l1_loss(x_small, images),
+                "consistency": F.smooth_l1_loss(x_large, x_small),
+                "latent_consistency": 1 - F.cosine_similarity(large.flatten(1), v.flatten(1)).mean(),
+                "perceptual": (x_small - images).abs().max() + (x_large - x_small).abs().max()}
+    expected["total"] = sum(w * loss for w, loss in zip((2, 3, 5, 7), expected.values()))
+    found = model(images, LABELS, e, torch.full((2,), 0.2), torch.full((2,), 1.2), config,
+                  lambda a, b: (a - b).abs().max())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_perceptual_distance_is_that_of_the_features_before_each_pooling(monkeypatch):
+    from torchvision.models import vgg16
+    torch.manual_seed(0)
+    network = vgg16()
+    monkeypatch.setattr(sl, "fetch_vgg", network.state_dict)
+    a, b = torch.rand(2, 2, 3, 32, 32)
+    x = (torch.cat([a, b]) - sl.IMAGENET_MEAN) / sl.IMAGENET_STD
+    expected = 0
+    for end in (4, 9, 16, 23, 30):                           # the poolings
+        features_a, features_b = F.normalize(network.features[:end](x), dim=1).chunk(2)
+        expected += (features_a - features_b).square().sum(1).mean()
+    distance = sl.PerceptualDistance()
+    torch.testing.assert_close(distance(a, b), expected.detach(), rtol=1e-4, atol=0)
+    assert distance(a, b[:, :, :1, :1]) > 0 if False else distance(a, a) == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "sphere-encoder", "--perceptual-weight", "0"]],
+                         ids=["sphere-latent", "sphere-encoder"])
+def test_a_run_learns_which_class_has_which_colour(tmp_path, flags):
+    colours = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
+    for name, colour in colours.items():
+        (tmp_path / name).mkdir()
+        for n in range(20):
+            light = 0.6 + 0.02 * n
+            colour_of_one = tuple(round(light * value) for value in colour)
+            Image.new("RGB", (16, 16), colour_of_one).save(tmp_path / name / f"{n}.png")
+    flags = [*flags, "--dataset", "folder", "--data-dir", str(tmp_path), "--train-steps", "80"]
+    assert sl.main(["train", *SMALL, *flags, "--out", str(tmp_path / "run")]) == 0
+    images = sl.sample_images(sl.load_run(tmp_path / "run"), torch.arange(30) % 3, 4)
+    means = images.mean((2, 3))                              # [30, 3], RGB
+    print(means.view(10, 3, 3).mean(0))
+    assert means.argmax(1).tolist() == [2, 1, 0] * 10
