@@ -707,6 +707,8 @@ class RAEDecoder(nn.Module):
             batch_first=True, norm_first=True) for _ in range(depth)])
         self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
         self.decoder_pred = nn.Linear(width, 3 * patch_size ** 2)
+        self.register_buffer("pixel_mean", IMAGENET_MEAN.clone(), persistent=False)
+        self.register_buffer("pixel_std", IMAGENET_STD.clone(), persistent=False)
         self.register_load_state_dict_pre_hook(rename_decoder_keys)
 
     def forward(self, z):
@@ -717,7 +719,7 @@ class RAEDecoder(nn.Module):
             x = layer(x)
         patches = self.decoder_pred(self.decoder_norm(x))[:, 1:]             # [B, N, 3 p p]
         images = unpatchify(patches, self.patch_size)                        # [B, 3, H, W]
-        return images * IMAGENET_STD.to(images) + IMAGENET_MEAN.to(images)
+        return images * self.pixel_std + self.pixel_mean
 
 
 class RAE(nn.Module):
@@ -754,7 +756,7 @@ class RAE(nn.Module):
     def encode(self, images):
         """Turn images in [0, 1] into latents with mean 0 and variance 1."""
         x = F.interpolate(images, (224, 224), mode="bicubic")                # [B, 3, 224, 224]
-        x = (x - IMAGENET_MEAN.to(x)) / IMAGENET_STD.to(x)
+        x = (x - self.decoder.pixel_mean) / self.decoder.pixel_std
         tokens = self.encoder.forward_features(x)                            # [B, 5 + N, C]
         z = tokens[:, 5:]                                    # no class token, no registers
         return (z - self.latent_mean) / (self.latent_var + 1e-5).sqrt()
@@ -952,10 +954,12 @@ class PerceptualDistance(nn.Module):
         network = vgg16()
         network.load_state_dict(fetch_vgg())
         self.layers = network.features.eval().requires_grad_(False)
+        self.register_buffer("pixel_mean", IMAGENET_MEAN.clone())
+        self.register_buffer("pixel_std", IMAGENET_STD.clone())
 
     def forward(self, a, b):
         x = torch.cat([a, b])
-        x = (x - IMAGENET_MEAN.to(x)) / IMAGENET_STD.to(x)
+        x = (x - self.pixel_mean) / self.pixel_std
         total = 0.0
         for layer in self.layers:
             if isinstance(layer, nn.MaxPool2d):
@@ -991,15 +995,15 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def as_user_error(problem):
-    """Raise an error of the block as a UserError that begins with `problem`."""
+def as_user_error(problem, advice=""):
+    """Raise an error of the block as a UserError that begins with problem and ends with advice."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:                               # libraries fail in many ways
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{problem} ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{problem} ({type(error).__name__}: {reason}){advice}") from None
 
 
 def uses_rae(config):
@@ -1293,20 +1297,20 @@ def folder_splits(config, root):
     splits = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
     is_split = "train" in splits and len(splits) > 1
     if not is_split and config.dataset != "folder":
-        raise UserError("no folders train and val, or train and test")
+        raise ValueError("no folders train and val, or train and test")
     files = find_image_files(os.path.join(root, "train") if is_split else root)
     for name in files:
         if not files[name]:
             say(f"note: folder {name} holds no image")
     files = {name: paths for name, paths in files.items() if paths}
     if sum(map(len, files.values())) < 4:
-        raise UserError(f"fewer than 4 images in {root}")
+        raise ValueError(f"fewer than 4 images in {root}")
     if not is_split:
         return split_every_tenth(files, config)
     # ImageNet's validation images may lie in no class's folder; no result needs their labels
     held_out = images_of(find_image_files(os.path.join(root, splits[1])), list(files), config)
     if len(held_out) < 2:
-        raise UserError(f"fewer than 2 images in {os.path.join(root, splits[1])}")
+        raise ValueError(f"fewer than 2 images in {os.path.join(root, splits[1])}")
     return {"train": images_of(files, list(files), config), "test": held_out}
 
 
@@ -1350,16 +1354,17 @@ SOURCES = {
 
 def find_images(config):
     """Find the images {"train": Images, "test": Images}, without reading them. Raises UserError."""
-    find = {"cifar10": cifar_splits, "flowers": oxford_flowers_splits}.get(
-        config.dataset, folder_splits)
+    sources = {"cifar10": cifar_splits, "flowers": oxford_flowers_splits}
+    source = sources.get(config.dataset, folder_splits)
     root = os.path.expanduser(config.data_dir or "data")
-    try:
-        return first_process_first(lambda: find(config, root))
-    except Exception as error:                               # of a download, of a broken file
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"no data set {config.dataset} in {root} ({reason}): put "
-                        f"{SOURCES[config.dataset]} there, or add --data-dir FOLDER. Without "
-                        "files: python sphere_latent.py train") from None
+
+    def find():
+        with as_user_error(f"no data set {config.dataset} in {root}",
+                           f": put {SOURCES[config.dataset]} there, or add --data-dir FOLDER. "
+                           "Without files: python sphere_latent.py train"):
+            return source(config, root)
+
+    return first_process_first(find)
 
 
 def load_images(config, split):
@@ -1408,13 +1413,13 @@ def random_batches(images, size, steps, config, purpose, device):
             yield torch.randint(len(images), (size,), generator=generator).tolist()
 
     for step, (pixels, labels) in zip(steps, make_loader(images, indices(), device)):
-        x = pixels.to(device, non_blocking=True) / 255                       # [B, 3, H, W]
+        x = pixels.to(device, non_blocking=True)                             # [B, 3, H, W]
         labels = labels.to(device, non_blocking=True)
         if config.flips:
             generator = generator_for("mirrored", purpose, config.seed, step, rank(), device=device)
             is_mirrored = torch.rand(size, generator=generator, device=device) < 0.5
             x = torch.where(is_mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
-        yield x, labels
+        yield x / 255, labels
 
 
 def index_batches(count, size=100):
@@ -1465,7 +1470,8 @@ def read_checkpoint(path):
     if not path.exists():
         raise UserError(f"no checkpoint {path}; an unfinished run goes on with train --resume RUN")
     with as_user_error(f"{path} cannot be read, or is not a checkpoint of this program"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # mapped, so that only what is used is read, and all processes share it
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         unknown = set(state["config"]) - {field.name for field in dataclasses.fields(Config)}
         if unknown:
             raise UserError(f"{path} is from another version, with the settings "
@@ -1532,6 +1538,13 @@ def mean_losses(recent):
     return dict(zip(recent[0], means.tolist()))
 
 
+def compile_blocks(model):
+    """Use torch.compile for each Block of a transformer: they all share one compilation."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
+
+
 def save_run(folder, state, classes, config, step, log):
     """Write checkpoint.pt and log.csv. state: models and optimizer by name."""
     if rank() == 0:
@@ -1572,9 +1585,11 @@ def fit(model, autoencoder, images, config, folder, saved=None):
     if saved is None:
         save_run(folder, state, images.classes, config, step, log)           # TinyRAE is ready
 
-    network = torch.compile(model) if config.compile else model
+    if config.compile:
+        compile_blocks(model)
+    network = model
     if world_size() > 1:
-        network = nn.parallel.DistributedDataParallel(network)
+        network = nn.parallel.DistributedDataParallel(model)
     loss_of = loss_function(config, device)
     batches = random_batches(images, config.batch_size // world_size(),
                              range(step, config.train_steps), config, "update", device)

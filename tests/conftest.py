@@ -32,17 +32,6 @@ def pytest_configure(config):
         sl.has_fast_bfloat16 = lambda device: precision == "bfloat16"
 
 
-@pytest.fixture
-def float32(monkeypatch):
-    """For tests of arithmetic: sums of bfloat16 products depend on how a batch is cut."""
-    monkeypatch.setattr(sl, "has_fast_bfloat16", lambda device: False)
-
-
-@pytest.fixture
-def bfloat16(monkeypatch):
-    monkeypatch.setattr(sl, "has_fast_bfloat16", lambda device: True)
-
-
 def points(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

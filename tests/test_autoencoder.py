@@ -60,7 +60,7 @@ def test_the_decoder_learns_clean_images_from_latents_with_new_noise(tiny):
     z, rest = autoencoder.encode(images), noise[:240]
     linear, decoded = [(decode(z + rest) - images).square().mean() for decode in
                        (autoencoder.pca.decode, autoencoder.decode)]
-    assert decoded < 0.8 * linear
+    assert decoded < 0.95 * linear
     x = autoencoder.decode(10 * z)
     assert x.shape == images.shape and x.min() == 0 and x.max() == 1
     assert not any(parameter.requires_grad for parameter in autoencoder.parameters())

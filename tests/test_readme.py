@@ -1,40 +1,93 @@
-"""The README promises only what is there: commands, names, pictures."""
+"""The README promises only what is there: commands, flags, names, pictures."""
+import csv
+import math
 import re
 import shlex
 
 import pytest
+import timm
+import torch
 from conftest import ROOT, SMALL, fill
+from test_evaluation import FewFeatures
+from test_images import make_flowers
 
 import sphere_latent as sl
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"(?m)^(?:pip .* && )?(python sphere_latent\.py \w.*)$", README)))
+BLOCKS = [block.partition("\n") for block in re.split(r"(?m)^```", README)[1::2]]
+LINES = [line for language, _, text in BLOCKS if language in ("", "bash")
+         for line in text.split("\n")]
+COMMAND = re.compile(r"(?:pip .* && )?(?:python|torchrun .*) sphere_latent\.py (\w.*)")
+COMMANDS = list(dict.fromkeys(match[1] for line in LINES if (match := COMMAND.match(line))))
+BIG = ["--train-steps", "1", "--batch-size", "2", "--eval-samples", "4", "--device", "cpu"]
 
 
-def test_every_picture_experiment_and_name_exists():
+def test_every_picture_experiment_flag_and_name_exists(capsys):
     pictures = re.findall(r"\]\((assets/[^)]+)\)", README)
     experiments = re.findall(r"tests/experiments/\w+\.py", README)
     assert pictures and experiments
     for path in pictures + experiments:
         assert (ROOT / path).stat().st_size > 500, path
+    for command in ("train", "sample", "evaluate"):
+        assert sl.main([command, "--help"]) == 0
+    flags = set(re.findall(r"(?<=`)--[a-z][a-z-]+", README))
+    assert flags and flags <= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     rows = re.findall(r"^\|[^|`]+\|[^|`]*\| (`.*) \|$", README, re.M)        # the map of the file
     names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    assert len(names) >= 15
+    assert len(names) >= 10
     assert [name for name in names if not hasattr(sl, name)] == []
 
 
+class SmallRAE(sl.RAE):
+    """RAE with the same latents, but one small block on each side, and random weights."""
+
+    def __init__(self, pretrained=True):
+        torch.manual_seed(0)
+        super().__init__(pretrained=False)
+
+
+@pytest.fixture(scope="module")
+def folder(small_run, tmp_path_factory):
+    """Where all commands run, one after the other, with small networks in place of published ones."""
+    folder = tmp_path_factory.mktemp("readme")
+    create, decoder = timm.create_model, sl.RAEDecoder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_flowers(folder / "data", patch, 16)
+        for name, value in {"RAE": SmallRAE, "InceptionFID": FewFeatures,
+                            "RAEDecoder": lambda: decoder(width=64, depth=1, heads=2, mlp_width=64),
+                            "fetch_weights": lambda config: None}.items():
+            patch.setattr(sl, name, value)
+        patch.setattr(timm, "create_model", lambda name, **options: create(
+            name, depth=1, mlp_ratio=0.1, **options))
+        for size in ("B", "XL"):
+            patch.setitem(sl.MODEL_SIZES, size, (64, 1, 2))
+        yield folder
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_runs(command, small_run, tmp_path, monkeypatch, capsys):
-    """As printed, but smaller. The paper's data sets are not fetched: its settings are read."""
-    monkeypatch.chdir(tmp_path)
-    fill(tmp_path / "PHOTOS", *[f"{name}/{i}.png" for name in "abc" for i in range(14)])
-    words = [str(small_run) if w.startswith("runs/") else w for w in shlex.split(command)[2:]]
-    if {"flowers", "animal-faces", "imagenet"} & set(words) and "tiny" not in words:
-        configs = []
-        monkeypatch.setattr(sl, "train", lambda config, **_: configs.append(config) or tmp_path)
-        assert sl.main(words) == 0
-        assert configs[0].autoencoder == "dinov2-b" and configs[0].image_size == 256
-        return
-    if words[0] == "train" and not {"--resume", "--help"} & set(words):
-        words += [*SMALL, "--out", str(tmp_path / "run")]
+def test_every_command_runs(command, folder, small_run, capsys):
+    """As printed, in their order, but smaller; on runs that earlier commands have made."""
+    words = shlex.split(command)
+    for flag, path in zip(words, words[1:]):
+        if flag == "--data-dir":
+            fill(folder / path, *[f"{split}/{name}/{i}.png" for name in "ab"
+                                  for split in ("train", "val") for i in range(3)])
+        if flag in ("--checkpoint", "--resume") and not (folder / path).exists():
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).symlink_to(small_run)
+    trains = words[0] == "train" and not {"--help", "--resume"} & set(words)
+    if trains:
+        config = sl.preset(*[words[words.index(flag) + 1] if flag in words else default for
+                             flag, default in (("--dataset", "drawn"), ("--autoencoder", ""))])
+        assert sl.uses_rae(config) == (config.image_size == 256)
+        words += [*(BIG if sl.uses_rae(config) else SMALL), "--overwrite"]
     assert sl.main(words) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    if trains:
+        run = folder / out.split("look at ")[1].split("samples.png")[0]
+        saved = sl.read_checkpoint(run)
+        rows = list(csv.DictReader((run / "evaluation.csv").open()))
+        assert saved["step"] == saved["config"].train_steps and len(rows) == 5
+        assert all(math.isfinite(float(row["frechet_distance"])) for row in rows)
+        assert saved["model"]["head.weight"].any()           # zero before the first update

@@ -37,7 +37,7 @@ def test_tilts_decay_and_later_steps_share_a_part_of_the_first_noise(steps, degr
         alpha = math.radians((1 - k / steps) ** 0.7 * degrees)
         e = 0.4 * NOISE[0] + math.sqrt(1 - 0.4 ** 2) * NOISE[k]
         expected = math.cos(alpha) * CLEAN + math.sin(alpha) * e
-        assert angle_between(path[2 * k], expected).max() < 0.003            # 0.92 is a rounded root
+        assert angle_between(path[2 * k], expected).max() < 0.003            # 0.92 is rounded
 
 
 @pytest.mark.parametrize("scale, called_with", [(3.0, [0, 2, 3, 3]), (1.0, [0, 2])])
@@ -51,9 +51,8 @@ def test_guidance_pushes_away_from_the_null_label_and_costs_nothing_at_1(scale, 
 
 def test_noise_that_is_not_given_is_drawn_from_the_generator(generator):
     drawn = sl.sample(ExactDenoiser(), LABELS, 3, generator=generator, return_path=True)
-    noise = points(0, 3, 2, 4, 8)
-    torch.testing.assert_close(drawn, sl.sample(ExactDenoiser(), LABELS, 3, noise=noise,
-                                                return_path=True))
+    given = sl.sample(ExactDenoiser(), LABELS, 3, noise=points(0, 3, 2, 4, 8), return_path=True)
+    torch.testing.assert_close(drawn, given)
 
 
 class Decoder(torch.nn.Module):

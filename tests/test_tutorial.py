@@ -43,6 +43,7 @@ def test_outputs_are_stored_and_clean():
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 20
     for output in outputs:
         assert output.output_type != "error" and output.get("name") != "stderr"
+        assert not re.search(r"it/s|/(home|root|tmp|Users)/", output.get("text", ""))
 
 
 def test_names_exist_and_commands_are_understood(monkeypatch):

