@@ -1740,7 +1740,8 @@ def progress_figures(run, images, log, folder):
 # PHOTOS: guidance by a sweep on photographs, the rest by trying; latent_channels stays 64, because
 #   both 40 and 96 made worse samples of photographs.
 # PAPER: the paper's optimizer is unknown. Batch size, learning rate and EMA are RAE's (there the
-#   rate decays to 2e-5, here to 0); the 1,000 epochs (ImageNet: 800) are Sphere Encoder's.
+#   rate decays to 2e-5, here to 0); the 1,000 epochs (ImageNet: 800) are Sphere Encoder's. The
+#   micro-batches fit a GPU of 40 GB, counted with tests/experiments/speed.py --memory.
 PHOTOS = {"autoencoder_steps": 1000, "train_steps": 10_000, "learning_rate": 3e-3, "cfg_scale": 3.0}
 PAPER = {"image_size": 256, "model_size": "B", "batch_size": 1024, "learning_rate": 2e-4,
          "ema_decay": 0.9995, "train_steps": 8000, "eval_samples": 50_000}
@@ -1757,7 +1758,7 @@ PRESETS = {
     ("animal-faces", "dinov2-b"): {**PAPER, "train_steps": 14_000},
     ("animal-faces", "tiny"): PHOTOS,
     ("imagenet", "dinov2-b"): {**PAPER, "model_size": "XL", "train_steps": 1_000_000,
-                               "save_every": 2000},
+                               "micro_batch": 8, "save_every": 2000},
     ("imagenet", "tiny"): PHOTOS,
 }
 # Sphere Encoder: noise and weights from its paper, where the weights are 25 to 50 and 1 to 25.

@@ -112,51 +112,43 @@ class Pixels(nn.Module):
         return (self.light[0] * z.view(-1, 3, 8, 8)).clamp(0, 1)
 
 
-def evaluated(monkeypatch, lights, **changes):
-    """Evaluate runs of a made-up model. Returns runs, training images, held-out ones, the table."""
-    def sample(denoiser, labels, steps, *options):           # shows labels, steps and the weights
-        z = (labels.view(-1, 1, 1) - 1.5) / 5 + 0.1 * denoiser.weight[0, 0] * steps + 0.5
+@pytest.mark.parametrize("autoencoder", ["dinov2-b", "tiny"])
+def test_what_each_row_compares(monkeypatch, capsys, autoencoder):
+    def sample(denoiser, labels, steps, *options):           # shows labels and steps
+        z = 0.2 + labels.view(-1, 1, 1) / 5 + 0.1 * steps
         return z + 0.1 * points(steps, 60, 1, 192)[:len(labels)]
 
     for name in ("InceptionFID", "UntrainedFeatures"):
         monkeypatch.setattr(sl, name, FewFeatures)
     monkeypatch.setattr(sl, "sample", sample)
-    config = dataclasses.replace(sl.Config(image_size=8, eval_samples=30), **changes)
-    runs = {}
-    for light in lights:
-        denoiser = nn.Linear(2, 2, bias=False).requires_grad_(False)
-        denoiser.num_classes, denoiser.latent_shape = 4, (1, 192)
+    config = sl.Config(image_size=8, eval_samples=30, autoencoder=autoencoder)
+    denoiser, runs = nn.Linear(2, 2, bias=False).requires_grad_(False), {}
+    denoiser.num_classes, denoiser.latent_shape = 4, (1, 192)
+    for light in (0.8, 0.6):
         runs[f"run {light}"] = config, Pixels(light), denoiser
-    train, held_out = [
-        sl.Images(torch.zeros(count), list("abcd"),
-                  pixels=(40 * points(count, count, 3, 8, 8) + middle).clamp(0, 255).byte())
-        for count, middle in ((150, 100), (120, 150))]
-    return sample, runs, train, held_out, sl.evaluate(runs, train, held_out)
-
-
-@pytest.mark.parametrize("autoencoder", ["dinov2-b", "tiny"])
-def test_what_each_row_compares(monkeypatch, capsys, autoencoder):
-    sample, runs, train, held_out, rows = evaluated(monkeypatch, (0.8, 0.6), autoencoder=autoencoder)
-    x, out = held_out.pixels / 255, capsys.readouterr().out
+    x, others = [(0.15 * points(count, count, 3, 8, 8) + 0.5).clamp(0, 1) for count in (120, 150)]
+    x, others = [(255 * images).byte() for images in (x, 0.8 * others)]
+    train, held_out = [sl.Images(torch.zeros(len(pixels)), "abcd", pixels=pixels)
+                       for pixels in (others, x)]
+    rows, x = sl.evaluate(runs, train, held_out), x / 255
+    out = capsys.readouterr().out
     reference, unit = statistics(x), statistics(x)[1].trace()
     assert ("FID-30 to 150 training images" in out) == (autoencoder == "dinov2-b")
     assert ("30 samples to 120 held-out images" in out) == (autoencoder == "tiny")
     if autoencoder == "dinov2-b":
-        reference, unit = statistics(train.pixels / 255), 1.0
-    labels = torch.arange(30) % 4                            # as many of each class as possible
-    for name, (_, model, denoiser) in runs.items():
-        images = {"rebuilt": (x * model.light[0]).clamp(0, 1)}
+        reference, unit = statistics(others / 255), 1.0
+    for name, (_, model, _) in runs.items():
+        rebuilt = (x * model.light[0]).clamp(0, 1)
+        expected = {"rebuilt": sl.frechet_distance(*statistics(rebuilt), *statistics(x))}
         for steps, what in ((1, "1 step"), (2, "2 steps"), (4, "4 steps"), (6, "6 steps")):
-            images[what] = model.decode(sample(denoiser, labels, steps))
-        for what, some in images.items():
+            samples = model.decode(sample(denoiser, torch.arange(30) % 4, steps))
+            expected[what] = sl.frechet_distance(*statistics(samples), *reference)
+        psnr = -10 * (x - rebuilt).square().mean((1, 2, 3)).log10().mean()
+        assert float(rows[0]["psnr"]) == pytest.approx(psnr.item(), abs=0.006)
+        for what, distance in expected.items():
             row = rows.pop(0)
             assert (row["run"], row["images"], row["parameters"]) == (name, what, 9)
-            expected = sl.frechet_distance(*statistics(some), *reference) / unit
-            if what == "rebuilt":                            # with the images it was made from
-                expected = sl.frechet_distance(*statistics(some), *statistics(x)) / unit
-                psnr = -10 * (x - some).square().mean((1, 2, 3)).log10().mean()
-                assert float(row["psnr"]) == pytest.approx(psnr.item(), abs=0.006)
-            assert float(row["frechet_distance"]) == pytest.approx(float(expected), abs=1e-4)
+            assert float(row["frechet_distance"]) == pytest.approx(float(distance / unit), abs=1e-4)
             assert f"{what}  " in out and row["frechet_distance"] in out
     assert rows == [] and sl.balanced_labels(4, 1000).tolist() == [0, 250, 500, 750]
 
@@ -184,17 +176,15 @@ def test_evaluate_prints_again_what_train_has_found(small_run, capsys):
 def test_the_perceptual_distance_reads_the_published_file(tmp_path, monkeypatch):
     with torch.device("meta"):
         state = vgg16().state_dict()
-    some = points(0, 512 * 512 * 9)                          # shared, so that the file is small
-    for name, x in state.items():
-        weights = some[:x.numel()].view(x.shape) if "features" in name and x.dim() == 4 else 0
-        state[name] = 0.02 * weights if torch.is_tensor(weights) else torch.zeros(1).expand(x.shape)
+    for name, x in state.items():                            # repeated, so that the file is small
+        state[name] = points(len(name), *x.shape[:1], *[1] * (x.dim() - 1)).expand(x.shape)
     put_into_cache("vgg16-397923af.pth", state, tmp_path, monkeypatch)
     config = sl.Config(method="sphere-encoder", perceptual_weight=1.0)
-    given = sl.loss_function(config, CPU)(lambda *batch: batch)
-    distance = given[-1]
+    distance = sl.loss_function(config, CPU)(lambda *batch: batch)[-1]
     a, b = torch.rand(2, 1, 3, 32, 32).unbind()
     a.requires_grad_()
-    assert distance(a, a) == 0 and distance(a, b) > 0.01
+    assert torch.equal(distance.layers[0].weight, state["features.0.weight"])
+    assert distance(a, a) == 0 and distance(a, b) > 0
     torch.testing.assert_close(distance(a, b), distance(b, a))
     distance(a, b).backward()
     assert a.grad.isfinite().all() and a.grad.abs().sum() > 0

@@ -5,10 +5,11 @@ backward passes nor random generators of CUDA; these are left out here.
 """
 import contextlib
 import copy
+import dataclasses
 
 import pytest
-import timm
 import torch
+from test_readme import SmallRAE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,42 +58,33 @@ def to_cuda(monkeypatch):
         yield move
 
 
-@pytest.mark.parametrize("method", ["sphere-latent", "sphere-encoder"])
-def test_an_update_waits_for_nothing_and_samples_stay_on_the_gpu(to_cuda, monkeypatch, method):
-    model, encoder = sl.Denoiser((4, 8), 3, 64, 1, 2), sl.TinyRAE(16, 8, 8)
+@pytest.mark.parametrize("method", ["sphere-latent", "sphere-encoder", "dinov2-b"])
+def test_an_update_waits_for_nothing_and_images_stay_on_the_gpu(to_cuda, monkeypatch, method):
+    size, encoder, loss_of = 16, sl.TinyRAE(16, 8, 8), sl.sphere_losses
+    if method == "dinov2-b":
+        size, encoder = 256, SmallRAE()
+    model = sl.Denoiser(encoder.latent_shape, 3, 64, 1, 2)
     if method == "sphere-encoder":
-        model = sl.SphereEncoder(CONFIG, 3)
-    average = copy.deepcopy(model)
-    to_cuda(model, average, encoder)
-    loaded = torch.zeros(5, 3, 16, 16, dtype=torch.uint8), torch.zeros(5, dtype=torch.long)
+        model, distance = sl.SphereEncoder(CONFIG, 3), torch.nn.MSELoss()
+        loss_of = lambda network, *rest: network(*rest, distance)
+    average, features = copy.deepcopy(model), sl.UntrainedFeatures()
+    to_cuda(model, average, encoder, features)
+    loaded = torch.zeros(5, 3, size, size, dtype=torch.uint8), torch.zeros(5, dtype=torch.long)
     monkeypatch.setattr(sl, "make_loader", lambda *arguments: [loaded])
     optimizer = torch.optim.SGD(model.parameters())
     with Waits() as waits:
         [(x, labels)] = sl.random_batches([], 5, range(1), CONFIG, "update", CUDA)
-        z, loss_of = encoder.encode(x), sl.sphere_losses
-        if method == "sphere-encoder":
-            z, loss_of = x, lambda network, *rest: network(*rest)
+        z = x if method == "sphere-encoder" else encoder.encode(x)
         batch = list(zip(z.split(3), labels.split(3)))
         log = sl.training_step(model, average, optimizer, batch, CONFIG,
                                sl.generator_for(device=CUDA), loss_of)
     log.pop("gradient_norm")                                 # there are no gradients
     assert waits.count == 0 and {loss.device for loss in log.values()} == {CUDA}
-    run = (CONFIG, encoder, model) if method == "sphere-latent" else (CONFIG, model, None)
-    for _, images in sl.sample_batches(run, torch.zeros(5, dtype=torch.long), 3):
-        assert images.device == CUDA and images.shape == (5, 3, 16, 16)
-    assert [y.device for y in sl.rebuild(run, x)] == [CUDA, CUDA]
-
-
-def test_the_papers_autoencoder_and_the_measure(to_cuda, monkeypatch):
-    create, decoder, features = timm.create_model, sl.RAEDecoder, sl.UntrainedFeatures()
-    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(
-        name, depth=1, mlp_ratio=0.1, **options))
-    monkeypatch.setattr(sl, "RAEDecoder", lambda: decoder(width=64, depth=1, heads=2, mlp_width=64))
-    rae = sl.RAE(pretrained=False)
-    to_cuda(rae, features)
-    images = torch.rand(2, 3, 256, 256, device=CUDA)
-    with Waits() as waits:
-        y = rae.decode(rae.encode(images))
-    assert y.shape == images.shape and y.device == CUDA and waits.count == 0
-    mean, covariance = sl.feature_statistics(features, [y, images])
+    config = dataclasses.replace(CONFIG, image_size=size)
+    run = (config, model, None) if method == "sphere-encoder" else (config, encoder, model)
+    [(_, images)] = sl.sample_batches(run, torch.zeros(5, dtype=torch.long), 3)
+    rebuilt, psnr = sl.rebuild(run, x)
+    assert images.shape == rebuilt.shape == x.shape
+    assert images.device == rebuilt.device == psnr.device == CUDA
+    mean, covariance = sl.feature_statistics(features, [images, x])
     assert mean.shape == (256,) and covariance.device.type == "cpu"

@@ -39,27 +39,28 @@ def test_every_picture_experiment_flag_and_name_exists(capsys):
 
 
 class SmallRAE(sl.RAE):
-    """RAE with the same latents, but one small block on each side, and random weights."""
+    """RAE with latents of its size, but random weights and one small block in each half."""
 
     def __init__(self, pretrained=True):
         torch.manual_seed(0)
-        super().__init__(pretrained=False)
+        create, decoder = timm.create_model, sl.RAEDecoder(width=64, depth=1, heads=2, mlp_width=64)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sl, "RAEDecoder", lambda: decoder)
+            patch.setattr(timm, "create_model", lambda name, **options: create(
+                name, depth=1, mlp_ratio=0.1, **options))
+            super().__init__(pretrained=False)
 
 
 @pytest.fixture(scope="module")
 def folder(small_run, tmp_path_factory):
     """Where all commands run, one after the other, with small networks in place of published ones."""
     folder = tmp_path_factory.mktemp("readme")
-    create, decoder = timm.create_model, sl.RAEDecoder
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_flowers(folder / "data", patch, 16)
         for name, value in {"RAE": SmallRAE, "InceptionFID": FewFeatures,
-                            "RAEDecoder": lambda: decoder(width=64, depth=1, heads=2, mlp_width=64),
                             "fetch_weights": lambda config: None}.items():
             patch.setattr(sl, name, value)
-        patch.setattr(timm, "create_model", lambda name, **options: create(
-            name, depth=1, mlp_ratio=0.1, **options))
         for size in ("B", "XL"):
             patch.setitem(sl.MODEL_SIZES, size, (64, 1, 2))
         yield folder
@@ -80,12 +81,10 @@ def test_every_command_runs(command, folder, small_run, capsys):
     if trains:
         config = sl.preset(*[words[words.index(flag) + 1] if flag in words else default for
                              flag, default in (("--dataset", "drawn"), ("--autoencoder", ""))])
-        assert sl.uses_rae(config) == (config.image_size == 256)
         words += [*(BIG if sl.uses_rae(config) else SMALL), "--overwrite"]
     assert sl.main(words) == 0, capsys.readouterr().err
-    out = capsys.readouterr().out
     if trains:
-        run = folder / out.split("look at ")[1].split("samples.png")[0]
+        run = folder / capsys.readouterr().out.split("look at ")[1].split("samples.png")[0]
         saved = sl.read_checkpoint(run)
         rows = list(csv.DictReader((run / "evaluation.csv").open()))
         assert saved["step"] == saved["config"].train_steps and len(rows) == 5

@@ -2,9 +2,8 @@
 
     python tests/experiments/method_figure.py RUN [--out assets/method.png]
 
-In both panels a quarter of a circle on the sphere: v at 0 degrees (up), noise e at 90 (right). The
-angles are true. Points inside the circle lie where there is room. The class and the seed were
-chosen for clear pictures. Coordinates are pixels from the centre of the sphere.
+Each panel is a quarter of a circle on the sphere, v at 0 degrees (up), noise at 90 (right). Angles
+are true; points inside the circle lie where there is room. Coordinates are pixels from its centre.
 """
 import math
 import pathlib
@@ -17,33 +16,30 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import sphere_latent as sl  # noqa: E402
 
-NAME, SEED, SMALL, LARGE = "daisy", 4, 33, 69                                # angles in degrees
-TILTS = [90 * (1 - k / 4) ** 0.7 for k in range(4)]                          # as in sl.sample
+NAME, SEED, SMALL, LARGE = "daisy", 4, 33, 69                # angles in degrees
+TILTS = [90 * (1 - k / 4) ** 0.7 for k in range(4)]          # as in sl.sample
 WIDTH, HEIGHT, RADIUS = 1660, 880, 545
 INK, GREY, DENOISE, TILT, LOSS = "#222222", "#777777", "#1463b0", "#b85600", "#b3126b"
 CODE = {"family": "DejaVu Sans Mono", "size": 21}
 
 
-@torch.no_grad()
 def pictures_of(run):
-    """Two lists of images [H, W, 3]: those of the training panel, those of the sampling panel."""
+    """Images [H, W, 3]: six for the training panel, eight for the sampling panel."""
     config, autoencoder, denoiser = run
     images = sl.load_images(config, "train")
-    label = sl.class_number(NAME, denoiser.classes)
+    label = torch.tensor([denoiser.classes.index(NAME)])
     x = images[(images.labels == label).nonzero()[SEED].item()][0][None]     # [1, 3, H, W]
-    label, generator = torch.tensor([label]), torch.Generator().manual_seed(SEED)
-    e = torch.randn(1, *denoiser.latent_shape, generator=generator)          # [1, N, C]
-    v = sl.spherify(autoencoder.encode(x))
+    v = sl.spherify(autoencoder.encode(x))                                   # [1, N, C]
+    generator = torch.Generator().manual_seed(SEED)
+    e = torch.randn(v.shape, generator=generator)
     noisy = [sl.noisy_spherify(v, e, math.radians(angle)) for angle in (SMALL, LARGE, 90)]
     answers = [denoiser(point, label) for point in noisy[:2]]
     _, path = sl.sample(denoiser, label, 4, config.cfg_scale, generator=generator, return_path=True)
     decoded = autoencoder.decode(torch.cat([*noisy, *answers, *path]))
-    pictures = torch.cat([x, decoded]).permute(0, 2, 3, 1)
-    return pictures[:6], pictures[6:]
+    return torch.cat([x, decoded]).permute(0, 2, 3, 1).split([6, 8])
 
 
 def at(degrees, radius=RADIUS):
@@ -51,26 +47,19 @@ def at(degrees, radius=RADIUS):
 
 
 def write(panel, x, y, text, colour=INK, **options):
-    options = {"ha": "center", "va": "center", "size": 25, **options}
-    panel.text(x, y, text, color=colour, **options)
-
-
-def dot(panel, x, y, colour=INK, number=""):
-    panel.plot(x, y, "o", color=colour, ms=36 if number else 14, zorder=5)
-    write(panel, x, y - 1, number, "white", size=24, weight="bold", zorder=6)
+    panel.text(x, y, text, color=colour, **{"ha": "center", "va": "center", "size": 25, **options})
 
 
 def show(panel, image, x, y, colour=INK, caption="", side=104):
-    frame = panel.inset_axes((x - side / 2, y - side / 2, side, side), transform=panel.transData)
-    frame.imshow(image, interpolation="bicubic")
-    frame.set(xticks=[], yticks=[])
-    frame.spines[:].set(color=colour, linewidth=3)
-    write(panel, x, y - side / 2 - 22, caption)
+    half = side / 2
+    panel.imshow(image, extent=(x - half, x + half, y - half, y + half), aspect="auto")
+    panel.plot(x, y, "s", ms=side, mfc="none", mec=colour, mew=3)
+    write(panel, x, y - half - 22, caption)
 
 
-def arrow(panel, *points, colour=INK, name="", aside=22):
+def arrow(panel, points, colour=INK, name="", aside=22):
     """An arrow along points. The name of its function stands beside its first part."""
-    panel.add_patch(FancyArrowPatch(path=Path(points), color=colour, fill=False, lw=3.5, zorder=2,
+    panel.add_patch(FancyArrowPatch(path=Path(points), color=colour, fill=False, lw=3.5,
                                     arrowstyle="-|>", mutation_scale=26))
     (x, y), (x2, y2) = points[:2]
     slope = 90 - (90 - math.degrees(math.atan2(y2 - y, x2 - x))) % 180       # -90 < slope <= 90
@@ -81,91 +70,81 @@ def arrow(panel, *points, colour=INK, name="", aside=22):
 def noisy_point(panel, angle, image, text, bulge=0, room=80):
     """An arrow from v to a point of the circle, and its picture. A bulge keeps arrows apart."""
     turns = [k / 200 for k in range(199)]
-    arrow(panel, *[at(angle * t, RADIUS + bulge * (1 - (2 * t - 1) ** 4)) for t in turns],
-          colour=TILT)
-    dot(panel, *at(angle), TILT)
+    arrow(panel, [at(angle * t, RADIUS + bulge * (1 - (2 * t - 1) ** 4)) for t in turns], TILT)
+    panel.plot(*at(angle), "o", color=TILT, ms=14)
     show(panel, image, *at(angle, RADIUS + room), TILT)
     write(panel, *at(angle - 9.5, RADIUS + room - 30), text, TILT)
 
 
-def new_panel(figure, left, width, title, function):
-    panel = figure.add_axes((left / WIDTH, 0, width / WIDTH, 1))
-    panel.set(xlim=(-175, width - 175), ylim=(-180, HEIGHT - 180), autoscale_on=False)
-    panel.axis("off")
-    panel.plot([0, 0, RADIUS], [RADIUS, 0, 0], color="#cccccc", lw=2)
-    panel.plot(*zip(*[at(degrees) for degrees in range(91)]), color=GREY, lw=4)
-    write(panel, -150, 655, title, ha="left", size=34, weight="bold")
-    write(panel, 45, 653, function, GREY, ha="left", **CODE)
-    write(panel, 130, 608, "noisy_spherify", TILT, **CODE)
-    return panel
-
-
 def training_panel(panel, image, v_small, v_large, noise, z_hat_small, z_hat_large):
     show(panel, image, -90, 160, caption="picture")
-    arrow(panel, (-90, 216), (-90, 370), (-10, 370), name="encode")
-    arrow(panel, (0, 370), (0, RADIUS - 8), name="spherify")
+    arrow(panel, [(-90, 216), (-90, 370), (-10, 370)], name="encode")
+    arrow(panel, [(0, 370), (0, RADIUS - 8)], name="spherify")
     for x, y, text in ((0, 370, "$z$"), (0, RADIUS, "$v$"), (RADIUS, 0, "$e$")):
-        dot(panel, x, y)
+        panel.plot(x, y, "o", color=INK, ms=14)
         write(panel, x + 24, y + 26, text, size=29)
     noisy_point(panel, SMALL, v_small, "$v_{small}$")
     noisy_point(panel, LARGE, v_large, "$v_{large}$")
     show(panel, noise, RADIUS, -75, caption="noise")
     show(panel, z_hat_small, 142, 370, DENOISE)
     write(panel, 242, 336, r"$\hat z_{small}$", DENOISE)
-    arrow(panel, at(SMALL, RADIUS - 10), (200, 390), colour=DENOISE, name="denoiser", aside=-22)
+    arrow(panel, [at(SMALL, RADIUS - 10), (200, 390)], DENOISE, "denoiser", -22)
     show(panel, z_hat_large, 167, 186, DENOISE)
     write(panel, 267, 152, r"$\hat z_{large}$", DENOISE)
-    arrow(panel, at(LARGE, RADIUS - 10), (225, 186), colour=DENOISE, name="denoiser")
-    arrow(panel, (86, 370), (10, 370), colour=LOSS)
-    arrow(panel, (167, 242), (147, 314), colour=LOSS)
+    arrow(panel, [at(LARGE, RADIUS - 10), (225, 186)], DENOISE, "denoiser")
+    arrow(panel, [(86, 370), (10, 370)], LOSS)
+    arrow(panel, [(167, 242), (147, 314)], LOSS)
     write(panel, 188, 288, "held fixed", LOSS, ha="left", size=22)
-    arrow(panel, *[at(degrees, 130) for degrees in range(42, 3, -1)], colour=LOSS)
-    panel.plot([0, 167], [0, 186], "--", color=LOSS, lw=2, zorder=1)
+    arrow(panel, [at(degrees, 130) for degrees in range(42, 3, -1)], LOSS)
+    panel.plot([0, 120], [0, 133], "--", color=LOSS, lw=2)
     losses = (("reconstruction_loss", r"$\hat z_{small} \to z$", (50, 370)),
               ("consistency_loss", r"$\hat z_{large} \to$ fixed $\hat z_{small}$", (156, 279)),
               ("latent_consistency_loss", r"direction of $\hat z_{large} \to v$", at(23, 130)))
     for number, (function, goal, place) in enumerate(losses, 1):
-        y = -9 - 46 * number
-        dot(panel, *place, LOSS, str(number))
-        dot(panel, -125, y, LOSS, str(number))
-        write(panel, -95, y, function, LOSS, ha="left", **CODE)
-        write(panel, 215, y, goal, LOSS, ha="left", size=23)
+        height = -9 - 46 * number
+        write(panel, -95, height, function, LOSS, ha="left", **CODE)
+        write(panel, 215, height, goal, LOSS, ha="left", size=23)
+        for x, y in (place, (-125, height)):
+            panel.plot(x, y, "o", color=LOSS, ms=36)
+            write(panel, x, y - 1, number, "white", size=24, weight="bold")
 
 
-def sampling_panel(panel, path):
+def sampling_panel(panel, *path):
     show(panel, path[0], RADIUS, -75, TILT, "random point")
-    dot(panel, RADIUS, 0, TILT)
     for k, height in enumerate((60, 178, 296, 430)):
-        arrow(panel, at(TILTS[k]), (10, height), colour=DENOISE, name=f"{k + 1} denoiser")
-        dot(panel, 0, height, DENOISE)
-        if k < 3:
-            show(panel, path[2 * k + 1], -72, height, DENOISE)
-            noisy_point(panel, TILTS[k + 1], path[2 * k + 2], f"{TILTS[k + 1]:.0f}°", 45 - 15 * k,
-                        124 if k else 96)
-    panel.plot([0, 0], [60, 296], color=INK, lw=3.5)
-    arrow(panel, (0, 296), (0, 430), (0, RADIUS - 8), name="spherify", aside=-22)
-    dot(panel, 0, RADIUS)
-    arrow(panel, (-8, 430), (-85, 430), (-85, 490), name="decode", aside=-22)
+        arrow(panel, [at(TILTS[k]), (10, height)], DENOISE, f"{k + 1} denoiser")
+        panel.plot(0, height, "o", color=DENOISE, ms=14)
+    for k, bulge, room in ((1, 45, 96), (2, 30, 124), (3, 15, 124)):
+        show(panel, path[2 * k - 1], -72, 118 * k - 58, DENOISE)
+        noisy_point(panel, TILTS[k], path[2 * k], f"{TILTS[k]:.0f}°", bulge, room)
+    panel.plot([0, 0], [60, 296], color=INK, lw=3.5, zorder=1)
+    arrow(panel, [(0, 296), (0, 430), (0, RADIUS - 8)], name="spherify", aside=-22)
+    panel.plot([0, RADIUS], [RADIUS, 0], "o", color=INK, ms=14)
+    arrow(panel, [(-8, 430), (-85, 430), (-85, 490)], name="decode", aside=-22)
     show(panel, path[-1], -85, 560, side=130)
-    write(panel, -150, -101, "Start at a random point.\nDenoise, tilt back by less each time.\n"
-          "Decode the last answer.", ha="left", linespacing=1.6)
-
-
-def main():
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", help="a finished run")
-    parser.add_argument("--out", default=ROOT / "assets" / "method.png")
-    given = parser.parse_args()
-    training, sampling = pictures_of(sl.load_run(given.run))
-    figure = Figure((WIDTH / 72, HEIGHT / 72), dpi=72, facecolor="none")     # a point is a pixel
-    figure.add_artist(FancyBboxPatch((0, 0), WIDTH, HEIGHT, "round,pad=0,rounding_size=30",
-                                     color="#fdfdfb", transform=None, zorder=-1))
-    training_panel(new_panel(figure, 0, 810, "Training", "sphere_losses"), *training)
-    sampling_panel(new_panel(figure, 810, 850, "Sampling", "sample"), sampling)
-    figure.savefig(given.out)
-    # 64 levels of each colour instead of 256: half the bytes
-    Image.eval(Image.open(given.out), lambda level: level // 4 * 85 // 21).save(given.out)
+    write(panel, -150, -101, "Start at a random point.\nDenoise, tilt back into noise by less each time.\n"
+          "Decode the last answer.", ha="left", linespacing=1.77)
 
 
 if __name__ == "__main__":
-    main()
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", help="a finished run")
+    parser.add_argument("--out", default="assets/method.png", help="the picture to write")
+    given = parser.parse_args()
+    pictures = pictures_of(sl.load_run(given.run))
+    figure = Figure((WIDTH / 72, HEIGHT / 72), dpi=72, facecolor="none")     # a point is a pixel
+    figure.add_artist(FancyBboxPatch((0, 0), WIDTH, HEIGHT, "round,pad=0,rounding_size=30",
+                                     color="white", transform=None, zorder=-1))
+    for k, (title, function) in enumerate((("Training", "sphere_losses"), ("Sampling", "sample"))):
+        panel = figure.add_axes((k * 810 / WIDTH, 0, 850 / WIDTH, 1))
+        panel.set(xlim=(-175, 675), ylim=(-180, HEIGHT - 180), autoscale_on=False)
+        panel.axis("off")
+        panel.plot([0, 0, RADIUS], [RADIUS, 0, 0], color="#cccccc", lw=2, zorder=0)
+        panel.plot(*zip(*[at(degrees) for degrees in range(91)]), color=GREY, lw=4, zorder=0)
+        write(panel, 470, 70, "sphere", GREY)
+        write(panel, -150, 655, title, ha="left", size=34, weight="bold")
+        write(panel, 45, 653, function, GREY, ha="left", **CODE)
+        write(panel, 130, 608, "noisy_spherify", TILT, **CODE)
+        (training_panel, sampling_panel)[k](panel, *pictures[k])
+    figure.savefig(given.out)
+    Image.eval(Image.open(given.out), lambda c: c // 4 * 85 // 21).save(given.out)  # fewer bytes

@@ -143,16 +143,17 @@ def show_update(given):
     shape = (16, 64) if given.size == "tiny" else sl.RAE.latent_shape
     denoiser = sl.denoiser_for(config, shape, 1000).to(device)
     average = sl.denoiser_for(config, shape, 1000).to(device).requires_grad_(False)
-    network = torch.compile(denoiser) if given.compile else denoiser
+    if given.compile:
+        sl.compile_blocks(denoiser)
     optimizer = torch.optim.AdamW(denoiser.parameters(), fused=True)
     z = torch.randn(given.batch_size, *shape, device=device)
     labels = torch.randint(1000, (given.batch_size,), device=device)
-    batch = sl.micro_batches(None, z, labels, given.micro_batch)
+    batch = list(zip(z.split(given.micro_batch), labels.split(given.micro_batch)))
     generator = torch.Generator(device)
     a = torch.randn(2048, 2048, device=device)
 
     def step():
-        losses = sl.training_step(network, average, optimizer, batch, config, generator)
+        losses = sl.training_step(denoiser, average, optimizer, batch, config, generator)
         return losses["gradient_norm"]
 
     def product():
