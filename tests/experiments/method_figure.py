@@ -85,7 +85,7 @@ def training_panel(panel, image, v_small, v_large, noise, z_hat_small, z_hat_lar
         write(panel, x + 24, y + 26, text, size=29)
     noisy_point(panel, SMALL, v_small, "$v_{small}$")
     noisy_point(panel, LARGE, v_large, "$v_{large}$")
-    show(panel, noise, RADIUS, -75, caption="noise")
+    show(panel, noise, RADIUS, -75, caption="one $e$ for both")
     show(panel, z_hat_small, 142, 370, DENOISE)
     write(panel, 242, 336, r"$\hat z_{small}$", DENOISE)
     arrow(panel, [at(SMALL, RADIUS - 10), (200, 390)], DENOISE, "denoiser", -22)
@@ -94,12 +94,12 @@ def training_panel(panel, image, v_small, v_large, noise, z_hat_small, z_hat_lar
     arrow(panel, [at(LARGE, RADIUS - 10), (225, 186)], DENOISE, "denoiser")
     arrow(panel, [(86, 370), (10, 370)], LOSS)
     arrow(panel, [(167, 242), (147, 314)], LOSS)
-    write(panel, 188, 288, "held fixed", LOSS, ha="left", size=22)
+    write(panel, 188, 288, r"$\hat z_{small}$ held fixed", LOSS, ha="left", size=22)
     arrow(panel, [at(degrees, 130) for degrees in range(42, 3, -1)], LOSS)
     panel.plot([0, 120], [0, 133], "--", color=LOSS, lw=2)
     losses = (("reconstruction_loss", r"$\hat z_{small} \to z$", (50, 370)),
               ("consistency_loss", r"$\hat z_{large} \to$ fixed $\hat z_{small}$", (156, 279)),
-              ("latent_consistency_loss", r"direction of $\hat z_{large} \to v$", at(23, 130)))
+              ("latent_consistency_loss", r"$\hat z_{large}$ points along $v$", at(23, 130)))
     for number, (function, goal, place) in enumerate(losses, 1):
         height = -9 - 46 * number
         write(panel, -95, height, function, LOSS, ha="left", **CODE)
@@ -112,7 +112,7 @@ def training_panel(panel, image, v_small, v_large, noise, z_hat_small, z_hat_lar
 def sampling_panel(panel, *path):
     show(panel, path[0], RADIUS, -75, TILT, "random point")
     for k, height in enumerate((60, 178, 296, 430)):
-        arrow(panel, [at(TILTS[k]), (10, height)], DENOISE, f"{k + 1} denoiser")
+        arrow(panel, [at(TILTS[k]), (10, height)], DENOISE, f"denoiser, pass {k + 1}")
         panel.plot(0, height, "o", color=DENOISE, ms=14)
     for k, bulge, room in ((1, 45, 96), (2, 30, 124), (3, 15, 124)):
         show(panel, path[2 * k - 1], -72, 118 * k - 58, DENOISE)
@@ -122,8 +122,8 @@ def sampling_panel(panel, *path):
     panel.plot([0, RADIUS], [RADIUS, 0], "o", color=INK, ms=14)
     arrow(panel, [(-8, 430), (-85, 430), (-85, 490)], name="decode", aside=-22)
     show(panel, path[-1], -85, 560, side=130)
-    write(panel, -150, -101, "Start at a random point.\nDenoise, tilt back into noise by less each time.\n"
-          "Decode the last answer.", ha="left", linespacing=1.77)
+    write(panel, -150, -101, "Start at a random point. Then, in turn: denoise,\n"
+          "spherify (a new $v$), tilt back into noise by less.\nDecode the last answer.", ha="left", linespacing=1.77)
 
 
 if __name__ == "__main__":
