@@ -114,11 +114,10 @@ class Config:
 
 # ---- 1. The sphere -------------------------------------------------------------------------------
 # A latent [N, C] is one vector of L = N C numbers; the sphere has radius sqrt(L).
-# Why a sphere? All points have the same norm, so the amount of noise is a single number, an angle.
-# A random direction e is nearly orthogonal to any given latent, because L is large. So the point
-# f(cos(alpha) v + sin(alpha) e) is at an angle of alpha from v, to within a few degrees. At 90
-# degrees it is pure noise, f(e), which can be had without any image. The noisiest point of training
-# is the point where sampling starts.
+# Why a sphere? All points have the same norm, so an angle is the same share of noise for all of
+# them. A random direction e is nearly orthogonal to any given latent, because L is large. So the
+# point f(cos(alpha) v + sin(alpha) e) is at an angle of alpha from v, to within a few degrees. At
+# 90 degrees it is pure noise, f(e), which can be had without any image: sampling starts there.
 
 def spherify(z):
     """f(z) = z / sqrt(mean(z^2)), the mean over all but the batch axis: the norm becomes sqrt(L).
@@ -311,14 +310,16 @@ def denoiser_for(config, latent_shape, num_classes):
 
 # ---- 3. The three losses -------------------------------------------------------------------------
 # Why do they make sharp images? (Our reading, not a claim of the paper.)
-# Loss 1 makes z_hat_small sharp. The best answer to a squared error is the mean of all z that fit
-#   the noisy point. At a small angle few fit, and their mean is nearly z. Near 90 degrees nearly
-#   all images fit, and their mean is a blur. So loss 1 never sees v_large.
+# Loss 1 makes z_hat_small sharp where alpha_small is small. The best answer to a squared error is
+#   the mean of all z that fit the noisy point. At a small angle few fit, and their mean is nearly
+#   z. Near 90 degrees nearly all images fit, and their mean is a blur. So loss 1 gets only the
+#   less noisy point of each pair, though that one can be quite noisy too (section 1).
 # Loss 2 escapes most of that blur. Its goal is not z but z_hat_small, the denoiser's own answer.
-#   v_small holds the same e as v_large, and often much of it. So e, which is all that v_large shows
-#   clearly, says something about the goal, while it says nothing about z. The more e decides the
-#   goal, the fewer goals fit v_large, and the sharper is their mean. Some softness stays, and is
-#   the reason for more than one step (section 5).
+#   Near 90 degrees v_large shows clearly only e, and e says nothing about z. But v_small holds the
+#   same e. Where its angle is large enough that more than one z fits, z_hat_small depends on e as
+#   well as on z, so that e says something about the goal. The more e decides the goal, the fewer
+#   goals fit v_large, and the sharper is their mean. Some softness stays, and is the reason for
+#   more than one step (section 5).
 # Loss 3 ties z_hat_large to the data itself, not by way of z_hat_small, and in direction alone.
 #   Near 90 degrees its best answer is a mean as well, so its weight is small.
 # The target of loss 1 is z and not v: f has removed the length of z, and the decoder needs it.
@@ -421,7 +422,7 @@ def training_step(denoiser, average, optimizer, batch, config, generator, loss_o
 
         exchange = contextlib.nullcontext()
         if hasattr(denoiser, "no_sync") and number < len(batch):
-            exchange = denoiser.no_sync()                    # once, with the last micro-batch
+            exchange = denoiser.no_sync()                    # no exchange before the last one
         with exchange:
             with autocast(device, config.precision):
                 losses = loss_of(denoiser, z, labels, e, alpha_small, alpha_large, config)
