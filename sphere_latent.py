@@ -68,7 +68,7 @@ class Config:
     # data
     dataset: str = setting("drawn", "what to learn", (
         "drawn", "folder", "cifar10", "flowers", "animal-faces", "imagenet"))
-    data_dir: str = setting("", "folder of the data; without --dataset it means --dataset folder")
+    data_dir: str = setting("", "folder of the data; train: alone, it means --dataset folder")
     image_size: int = setting(64, "height and width of the images, pixels", low=1, high=4096)
     flips: bool = setting(True, "also learn from mirrored images")
     # the frozen autoencoder
@@ -95,7 +95,7 @@ class Config:
     micro_batch: int = setting(32, "images computed at once in a process; fewer save memory", low=1)
     learning_rate: float = setting(5e-3, "largest learning rate of AdamW", high=100)
     ema_decay: float = setting(0.995, "decay of the moving average of the weights", high=1)
-    precision: str = setting("auto", "of matrix products in the denoiser; auto: bfloat16 if fast",
+    precision: str = setting("auto", "of matrix products but RAE's; auto: bfloat16 if fast",
                              ("auto", "bfloat16", "float32"))
     compile: bool = setting(False, "use torch.compile")
     save_every: int = setting(100, "updates between checkpoints, with sample pictures", low=1)
@@ -217,7 +217,7 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, value)                  # [B, heads, N, K]
         return self.out(rearrange(y, "b h n k -> b n (h k)"))                # [B, N, D]
 
-    def forward(self, x, c):
+    def forward(self, x, c):                                 # c [B, D] comes from the label
         modulation = self.modulation(c)[:, None]                             # [B, 1, 6 D]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
@@ -340,9 +340,11 @@ def consistency_loss(z_hat_large, z_hat_small, distance=F.mse_loss):
 def latent_consistency_loss(v_hat_large, v):
     """Loss 3: from much noise, point where v points: 1 - cosine. Lengths do not matter.
 
-    No gradient flows to v, which in Sphere Encoder comes from a network as well.
+    v_hat_large is z_hat_large or, in Sphere Encoder, the encoded image. No gradient flows to v,
+    which in Sphere Encoder comes from a network as well.
     """
-    cosine = (spherify(v_hat_large) * spherify(v.detach())).mean()           # both norms sqrt(L)
+    # the dot product over L; both norms are sqrt(L), so this is the cosine
+    cosine = (spherify(v_hat_large) * spherify(v.detach())).mean()
     return 1 - cosine
 
 
@@ -420,9 +422,9 @@ def training_step(denoiser, average, optimizer, batch, config, generator, loss_o
         e = torch.randn(len(z), *average.latent_shape, generator=generator, device=device)
         alpha_small, alpha_large = sample_angles(len(z), config, generator)
 
-        exchange = contextlib.nullcontext()
+        exchange = contextlib.nullcontext()                  # of gradients between processes
         if hasattr(denoiser, "no_sync") and number < len(batch):
-            exchange = denoiser.no_sync()                    # no exchange before the last one
+            exchange = denoiser.no_sync()                    # not yet: with the last one
         with exchange:
             with autocast(device, config.precision):
                 losses = loss_of(denoiser, z, labels, e, alpha_small, alpha_large, config)
@@ -559,7 +561,8 @@ class PatchPCA(nn.Module):
         variances = variances.flip(0)[:self.channels].clamp(min=1e-8)        # [C]
         patterns = patterns.flip(1)[:, :self.channels]                       # [P, C]
         root_of_deviation = variances ** 0.25                                # [C]
-        scale = root_of_deviation * root_of_deviation.square().mean().sqrt()     # mean variance 1
+        # the variance of a channel becomes its deviation over the mean deviation: 1 on average
+        scale = root_of_deviation * root_of_deviation.square().mean().sqrt()
         self.analysis.copy_(patterns / scale)
         self.synthesis.copy_((patterns * scale).T)
 
@@ -839,7 +842,7 @@ class UntrainedFeatures(nn.Module):
     def forward(self, images):
         x = 2 * F.interpolate(images.float(), (64, 64), mode="bilinear") - 1
         for conv in self.convs:
-            x = F.relu(conv(x))                                              # [B, width, H/2, W/2]
+            x = F.relu(conv(x))                              # sides of 32, 16, 8, 4 pixels
         return torch.cat([x.mean((2, 3)), x.std((2, 3))], dim=1)
 
 
@@ -873,9 +876,9 @@ def feature_statistics(network, batches):
 # is that of section 3: D stands for the denoiser, f after E for f, the image for z.
 
 class SphereEncoder(nn.Module):
-    """E maps an image to a point on the sphere; D maps any point on the sphere, however noisy, to
-    an image, and so is the generator. Both get the label. That both start from PCA of patches is
-    ours."""
+    """f(E(image)) is a point on the sphere; D maps any point on the sphere, however noisy, to an
+    image, and so is the generator. Both get the label. That both start from PCA of patches is ours.
+    """
 
     def __init__(self, config, num_classes):
         super().__init__()
@@ -924,7 +927,7 @@ class SphereEncoder(nn.Module):
     @torch.no_grad()
     def sample(self, labels, steps=4, cfg_scale=1.0, tilt=math.radians(85), noise=None,
                generator=None):
-        """Generate images [B, 3, H, W] from random points. E and D both run in every step.
+        """Generate images [B, 3, H, W] from random points. D runs in every step, E between steps.
 
         The first point is f(noise); all steps tilt with the same noise [B, N, C] and angle, which
         its paper found best. Guidance acts on both halves, with the square root of cfg_scale each.
@@ -1448,7 +1451,7 @@ def find_device(name):
         if name == "cuda" and "LOCAL_RANK" in os.environ:    # torchrun: a GPU for each process
             name = "cuda:" + os.environ["LOCAL_RANK"]
             torch.cuda.set_device(name)
-        torch.zeros(1, device=name).tolist()                 # "meta" gives nothing back
+        torch.zeros(1, device=name).tolist()                 # fails for "meta", as it should
     device = torch.device(name)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")           # TF32, for RAE
@@ -1583,8 +1586,8 @@ def fit(model, autoencoder, images, config, folder, saved=None):
     else:
         run = config, autoencoder, average
         encode = autoencoder.encode                          # frozen, so it keeps no gradients
-    if saved is None:
-        save_run(folder, state, images.classes, config, step, log)           # TinyRAE is ready
+    if saved is None:                                        # so that TinyRAE is not fitted anew
+        save_run(folder, state, images.classes, config, step, log)
 
     if config.compile:
         compile_blocks(model)
@@ -1600,7 +1603,7 @@ def fit(model, autoencoder, images, config, folder, saved=None):
         rate = learning_rate_at(step, config.train_steps, config.learning_rate)
         optimizer.param_groups[0]["lr"] = rate
         parts_of_batch = zip(x.split(config.micro_batch), labels.split(config.micro_batch))
-        batch = [(encode(images), some_labels) for images, some_labels in parts_of_batch]
+        batch = [(encode(part), part_labels) for part, part_labels in parts_of_batch]
         generator = generator_for("noise", config.seed, step, rank(), device=device)
         losses = training_step(network, average, optimizer, batch, config, generator, loss_of)
         recent.append(losses)
@@ -1621,7 +1624,7 @@ def fit(model, autoencoder, images, config, folder, saved=None):
 
 # ---- 13. Pictures --------------------------------------------------------------------------------
 def balanced_labels(count, num_classes):
-    """Return `count` labels spread evenly over the classes, even if they are fewer."""
+    """Return `count` labels spread evenly over the classes, also if count < num_classes."""
     if count < num_classes:
         return torch.arange(count) * num_classes // count
     return torch.arange(count) % num_classes
@@ -1698,7 +1701,7 @@ STEP_COUNTS = (1, 2, 4, 6)
 
 
 def sample_figure(run, images, path):
-    """A training image of each class, and the same random points after 1, 2, 4 and 6 steps."""
+    """Training images of 12 labels, and below the same random points after 1 to 6 steps."""
     labels = balanced_labels(12, len(images.classes))
     first_of_class = [(images.labels == label).nonzero()[0].item() for label in labels]
     rows = [torch.stack([images[i][0] for i in first_of_class])]
@@ -1741,8 +1744,9 @@ def progress_figures(run, images, log, folder):
 # PHOTOS: guidance by a sweep on photographs, the rest by trying; latent_channels stays 64, because
 #   both 40 and 96 made worse samples of photographs.
 # PAPER: the paper's optimizer is unknown. Batch size, learning rate and EMA are RAE's (there the
-#   rate decays to 2e-5, here to 0); the 1,000 epochs (ImageNet: 800) are Sphere Encoder's. The
-#   micro-batches fit a GPU of 40 GB, counted with tests/experiments/speed.py --memory.
+#   rate decays to 2e-5, here to 0); the 1,000 epochs of flowers and animal-faces and the 800 of
+#   ImageNet are Sphere Encoder's. The micro-batches fit a GPU of 40 GB, counted with
+#   tests/experiments/speed.py --memory.
 PHOTOS = {"autoencoder_steps": 1000, "train_steps": 10_000, "learning_rate": 3e-3, "cfg_scale": 3.0}
 PAPER = {"image_size": 256, "model_size": "B", "batch_size": 1024, "learning_rate": 2e-4,
          "ema_decay": 0.9995, "train_steps": 8000, "eval_samples": 50_000}
@@ -1762,7 +1766,7 @@ PRESETS = {
                                "micro_batch": 8, "save_every": 2000},
     ("imagenet", "tiny"): PHOTOS,
 }
-# Sphere Encoder: noise and weights from its paper, where the weights are 25 to 50 and 1 to 25.
+# Sphere Encoder: noise and weights from its paper (there loss 1 has 25 to 50, loss 2 1 to 25).
 SPHERE_ENCODER = {"noise_distribution": "uniform-tangent", "max_angle": 85.0, "tilt": 85.0,
                   "reconstruction_weight": 25.0, "consistency_weight": 2.0}
 
@@ -1790,9 +1794,13 @@ def check_config(config):
     if not uses_rae(config) and (config.image_size % config.patch_size or config.patch_size % 2):
         raise UserError(f"--image-size {config.image_size}: must be a multiple of --patch-size "
                         f"{config.patch_size}, which must be even")
-    if config.latent_channels > numbers_in_patch:
+    if not uses_rae(config) and config.latent_channels > numbers_in_patch:
         raise UserError(f"--latent-channels {config.latent_channels}: a patch has only "
                         f"{numbers_in_patch} numbers")
+    is_perceptual = config.method == "sphere-encoder" and config.perceptual_weight > 0
+    if is_perceptual and config.image_size < 32:
+        raise UserError(f"--image-size {config.image_size}: VGG16 needs 32 pixels, or add "
+                        "--perceptual-weight 0")
     if config.noise_distribution == "uniform-tangent" and config.max_angle == 90:
         raise UserError("--max-angle 90: its tangent is infinite, uniform-tangent needs less")
     if config.batch_size % world_size() != 0:
@@ -2102,9 +2110,10 @@ def sample_command(given):
     chosen = sorted(set(balanced_labels(12, len(classes)).tolist()))         # twelve, evenly spread
     if words is not None:
         chosen = [class_number(word, classes) for word in words]
-    if not 1 <= count * len(chosen) <= 500 or max(count, len(chosen)) > 200:
-        raise UserError(f"--count {count}, {len(chosen)} classes: a sheet has room for 500 images, "
-                        "200 in a row or column")
+    longest = max(count, len(chosen)) * max(128, config.image_size)          # pixels of the sheet
+    if not 1 <= count * len(chosen) <= 500 or longest > 60_000:
+        raise UserError(f"--count {count}, {len(chosen)} classes: a sheet has room for 500 images "
+                        "and 60,000 pixels in a row or column")
     out.parent.mkdir(parents=True, exist_ok=True)
     labels = torch.tensor(chosen).repeat_interleave(count)
     images = sample_images(run, labels, config.steps)
