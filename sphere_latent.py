@@ -1201,7 +1201,8 @@ def read_image(path, size):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
         while min(image.size) >= 2 * size:
-            image = image.reduce(2)
+            halves = [side // 2 for side in image.size]
+            image = image.resize(halves, Image.Resampling.BOX)
         scale = size / min(image.size)
         width, height = [max(size, round(side * scale)) for side in image.size]
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -1400,8 +1401,11 @@ def make_loader(images, batches, device):
     """Return a DataLoader of (pixels uint8 [B, 3, H, W], labels [B]), one per list of indices."""
     workers = 0
     if images.pixels is None:
+        cores = os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):                 # a cluster may allot fewer
+            cores = len(os.sched_getaffinity(0))
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = max(1, min(16, os.cpu_count() // processes))
+        workers = max(1, min(16, cores // processes))
     return DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
                       pin_memory=device.type == "cuda")
 
@@ -1542,6 +1546,13 @@ def mean_losses(recent):
     return dict(zip(recent[0], means.tolist()))
 
 
+def restore(state, saved):
+    """Load models and optimizer, by name, from a checkpoint."""
+    with as_user_error("the checkpoint does not fit this program"):
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+
+
 def compile_blocks(model):
     """Use torch.compile for each Block of a transformer: they all share one compilation."""
     for module in model.modules():
@@ -1573,8 +1584,7 @@ def fit(model, autoencoder, images, config, folder, saved=None):
     state = {"model": model, "average": average, "optimizer": optimizer}
     step, log, began = 0, [], time.time()
     if saved is not None:
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
+        restore(state, saved)
         step, log = saved["step"], saved["log"]
     if log:
         began -= log[-1]["seconds"]                          # those of the run so far

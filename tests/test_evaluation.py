@@ -1,4 +1,4 @@
-"""The table: Fréchet distance, Inception, statistics of features, and what is compared with what."""
+"""The table: Fréchet distance, Inception, statistics, and what is compared with what."""
 import csv
 import dataclasses
 

@@ -63,9 +63,11 @@ def test_an_update_waits_for_nothing_and_images_stay_on_the_gpu(to_cuda, monkeyp
     size, encoder, loss_of = 16, sl.TinyRAE(16, 8, 8), sl.sphere_losses
     if method == "dinov2-b":
         size, encoder = 256, SmallRAE()
+    config = dataclasses.replace(CONFIG, image_size=size)
     model = sl.Denoiser(encoder.latent_shape, 3, 64, 1, 2)
     if method == "sphere-encoder":
-        model, distance = sl.SphereEncoder(CONFIG, 3), torch.nn.MSELoss()
+        config = dataclasses.replace(config, **sl.SPHERE_ENCODER)            # other angles
+        model, distance = sl.SphereEncoder(config, 3), torch.nn.MSELoss()
         loss_of = lambda network, *rest: network(*rest, distance)
     average, features = copy.deepcopy(model), sl.UntrainedFeatures()
     to_cuda(model, average, encoder, features)
@@ -73,14 +75,13 @@ def test_an_update_waits_for_nothing_and_images_stay_on_the_gpu(to_cuda, monkeyp
     monkeypatch.setattr(sl, "make_loader", lambda *arguments: [loaded])
     optimizer = torch.optim.SGD(model.parameters())
     with Waits() as waits:
-        [(x, labels)] = sl.random_batches([], 5, range(1), CONFIG, "update", CUDA)
+        [(x, labels)] = sl.random_batches([], 5, range(1), config, "update", CUDA)
         z = x if method == "sphere-encoder" else encoder.encode(x)
         batch = list(zip(z.split(3), labels.split(3)))
-        log = sl.training_step(model, average, optimizer, batch, CONFIG,
+        log = sl.training_step(model, average, optimizer, batch, config,
                                sl.generator_for(device=CUDA), loss_of)
     log.pop("gradient_norm")                                 # there are no gradients
     assert waits.count == 0 and {loss.device for loss in log.values()} == {CUDA}
-    config = dataclasses.replace(CONFIG, image_size=size)
     run = (config, model, None) if method == "sphere-encoder" else (config, encoder, model)
     [(_, images)] = sl.sample_batches(run, torch.zeros(5, dtype=torch.long), 3)
     rebuilt, psnr = sl.rebuild(run, x)

@@ -1,9 +1,7 @@
 """Training: what a step gets and does; a run that is stopped goes on as if nothing had happened."""
 import copy
-import os
 import pathlib
 import shutil
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -241,7 +239,7 @@ def test_part_one_alone_learns_made_up_latents(generator):
     average = copy.deepcopy(denoiser)
     optimizer = torch.optim.AdamW(denoiser.parameters(), 4e-3)
     history = []
-    for _ in range(120):
+    for _ in range(60):
         labels = torch.randint(3, (32,), generator=generator)
         z = means[labels] + 0.2 * torch.randn(32, 4, 8, generator=generator)
         losses = part_one["training_step"](denoiser, average, optimizer, [(z, labels)], config,
@@ -269,11 +267,10 @@ def in_update(number, action, monkeypatch):
 
 
 def ctrl_c(losses):
-    os.kill(os.getpid(), signal.SIGINT)
-    return losses
+    raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("number, update", [(1, 0), (7, 4), (12, 8)])
+@pytest.mark.parametrize("number, update", [(1, 0), (7, 4)])
 def test_a_resumed_run_equals_the_unbroken_one(watched, tmp_path, monkeypatch, capsys, number,
                                                update):
     with monkeypatch.context() as patch:
