@@ -91,7 +91,7 @@ def default_run(request, tmp_path_factory):
     precision = request.config.getoption("precision") or "auto"
     command = [sys.executable, str(ROOT / "sphere_latent.py"), "train", "--precision", precision]
     if not sl.has_fast_bfloat16(torch.device("cpu")):        # the whole takes too long in float32
-        command += ["--autoencoder-steps", "200", "--train-steps", "500"]
+        command += ["--autoencoder-steps", "200", "--train-steps", "500", "--ema-decay", "0.99"]
     folder = tmp_path_factory.mktemp("default")
     with open(folder / "output", "w") as output:
         process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output)

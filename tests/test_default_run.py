@@ -29,7 +29,6 @@ def test_the_default_run_makes_flowers(default_run, monkeypatch):
     train, held_out = drawn_images("train", 64), drawn_images("test", 64)
     scores = Scores(train, held_out)
     found = {what: score for what, _, score in judge_run(scores, run, held_out, step_counts=(1, 4))}
-    print(found)
     assert found["rebuilt"]["named"] > 0.99
     assert found["4 steps"]["named"] > 0.95
     assert found["4 steps"]["judge"] < 0.11 < found["1 step"]["judge"]
