@@ -667,12 +667,17 @@ def fit_tiny_rae(autoencoder, some_images, batches, config):
 # The paper's autoencoder, "Diffusion Transformers with Representation Autoencoders" (arXiv
 # 2510.11690). It is not autocast to bfloat16, in which its users met NaN.
 
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)                        # of red, green, blue
+IMAGENET_STD = (0.229, 0.224, 0.225)
 DINOV2 = "vit_base_patch14_reg4_dinov2.lvd142m"              # in timm
 RAE_REPOSITORY = "nyu-visionx/RAE-collections"               # on Hugging Face; two of its files:
 RAE_DECODER = "decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
 RAE_STATISTICS = "stats/dinov2/wReg_base/imagenet1k/stat.pt"
+
+
+def per_channel(numbers):
+    """Three numbers as a tensor [3, 1, 1], which broadcasts over images."""
+    return torch.tensor(numbers).view(3, 1, 1)
 
 
 def rename_decoder_keys(decoder, state_dict, prefix, *unused):
@@ -711,8 +716,8 @@ class RAEDecoder(nn.Module):
             batch_first=True, norm_first=True) for _ in range(depth)])
         self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
         self.decoder_pred = nn.Linear(width, 3 * patch_size ** 2)
-        self.register_buffer("pixel_mean", IMAGENET_MEAN.clone(), persistent=False)
-        self.register_buffer("pixel_std", IMAGENET_STD.clone(), persistent=False)
+        self.register_buffer("pixel_mean", per_channel(IMAGENET_MEAN), persistent=False)
+        self.register_buffer("pixel_std", per_channel(IMAGENET_STD), persistent=False)
         self.register_load_state_dict_pre_hook(rename_decoder_keys)
 
     def forward(self, z):
@@ -958,8 +963,8 @@ class PerceptualDistance(nn.Module):
         network = vgg16()
         network.load_state_dict(fetch_vgg())
         self.layers = network.features.eval().requires_grad_(False)
-        self.register_buffer("pixel_mean", IMAGENET_MEAN.clone())
-        self.register_buffer("pixel_std", IMAGENET_STD.clone())
+        self.register_buffer("pixel_mean", per_channel(IMAGENET_MEAN))
+        self.register_buffer("pixel_std", per_channel(IMAGENET_STD))
 
     def forward(self, a, b):
         x = torch.cat([a, b])

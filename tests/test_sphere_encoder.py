@@ -60,7 +60,8 @@ def test_perceptual_distance_is_that_of_the_features_before_each_pooling(monkeyp
     monkeypatch.setattr(torchvision.models, "vgg16", lambda: copy.deepcopy(network))
     monkeypatch.setattr(sl, "fetch_vgg", network.state_dict)
     a, b = torch.rand(2, 2, 3, 32, 32)
-    x = (torch.cat([a, b]) - sl.IMAGENET_MEAN) / sl.IMAGENET_STD
+    x = torch.cat([a, b]) - sl.per_channel(sl.IMAGENET_MEAN)
+    x = x / sl.per_channel(sl.IMAGENET_STD)
     expected = 0
     for end in (2, 5, 8, 11, 14):                            # the poolings
         features_a, features_b = F.normalize(network.features[:end](x), dim=1).chunk(2)
