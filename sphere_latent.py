@@ -1304,6 +1304,8 @@ def folder_splits(config, root):
     Otherwise every tenth image of each class is held out.
     """
     root = os.path.abspath(root)
+    if not os.path.isdir(root):
+        raise ValueError("there is no such folder")
     splits = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
     is_split = "train" in splits and len(splits) > 1
     if not is_split and config.dataset != "folder":
