@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-os.environ["OMP_NUM_THREADS"] = "1"                          # torch reads it when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")               # torch reads it when it is imported
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
