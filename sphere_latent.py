@@ -1640,6 +1640,7 @@ def fit(model, autoencoder, images, config, folder, saved=None):
 
 
 # ---- 13. Pictures --------------------------------------------------------------------------------
+
 def balanced_labels(count, num_classes):
     """Return `count` labels spread evenly over the classes, also if count < num_classes."""
     if count < num_classes:
