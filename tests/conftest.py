@@ -84,14 +84,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def default_run(request, tmp_path_factory):
-    """`train` with the sizes that users get, beside all other tests: (process, folder)."""
+    """`train` with the sizes that users get, but half the updates, beside all other tests."""
     if request.session.items[-1].path.name != "test_default_run.py":
         yield None
         return
     precision = request.config.getoption("precision") or "auto"
-    command = [sys.executable, str(ROOT / "sphere_latent.py"), "train", "--precision", precision]
-    if not sl.has_fast_bfloat16(torch.device("cpu")):        # the whole takes too long in float32
-        command += ["--autoencoder-steps", "200", "--train-steps", "500", "--ema-decay", "0.99"]
+    command = [sys.executable, str(ROOT / "sphere_latent.py"), "train", "--precision", precision,
+               "--autoencoder-steps", "200", "--train-steps", "500", "--ema-decay", "0.99"]
     folder = tmp_path_factory.mktemp("default")
     with open(folder / "output", "w") as output:
         process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output)

@@ -18,7 +18,7 @@ BLOCKS = [block.partition("\n") for block in re.split(r"(?m)^```", README)[1::2]
 LINES = [line for language, _, text in BLOCKS if language in ("", "bash")
          for line in text.split("\n")]
 COMMAND = re.compile(r"(?:pip .* && )?(?:python|torchrun .*) sphere_latent\.py (\w.*)")
-COMMANDS = dict.fromkeys(match[1] for line in LINES if (match := COMMAND.match(line)))
+COMMANDS = dict.fromkeys(match[1] for match in map(COMMAND.match, LINES) if match)
 SLOW = re.compile("animal-faces|imagenet|dinov2-b")          # as flowers, which is always tried
 BIG = ["--train-steps", "1", "--batch-size", "2", "--eval-samples", "4", "--device", "cpu"]
 

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import angle_between, points
+from conftest import angle_between
 
 import sphere_latent as sl
 
@@ -47,12 +47,6 @@ def test_guidance_pushes_away_from_the_null_label_and_costs_nothing_at_1(scale, 
     assert [labels for _, labels in denoiser.calls] == [called_with]
     conditional, unconditional = torch.stack([2 * CLEAN, 4 * CLEAN]), 5 * CLEAN
     torch.testing.assert_close(z, unconditional + scale * (conditional - unconditional))
-
-
-def test_noise_that_is_not_given_is_drawn_from_the_generator(generator):
-    drawn = sl.sample(ExactDenoiser(), LABELS, 3, generator=generator, return_path=True)
-    given = sl.sample(ExactDenoiser(), LABELS, 3, noise=points(0, 3, 2, 4, 8), return_path=True)
-    torch.testing.assert_close(drawn, given)
 
 
 class Decoder(torch.nn.Module):

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 import sphere_latent as sl
 from conftest import ROOT, SMALL, fewer_drawings, points
@@ -105,32 +104,6 @@ def test_only_training_images_are_learned_with_their_labels(watched):
             distances = (z.flatten(1)[:, None] - latents).norm(dim=2)
             nearest, number = distances.min(1)               # 0; that of held-out images is over 1
             assert nearest.max() < 1e-3 and torch.equal(images.labels[number % 240], labels)
-
-
-def test_losses_get_the_batch_and_noise_that_is_new_in_every_update(watched):
-    parts = [part for batch in watched.batches for part in batch]
-    for (z, labels), inputs in zip(parts, watched.inputs, strict=True):
-        _, same_z, seen, e, alpha_small, alpha_large, _ = inputs
-        assert same_z is z and ((seen == labels) | (seen == 12)).all() and e.shape == z.shape
-        assert (alpha_small < alpha_large).all() and len(alpha_large) == len(z)
-    e = torch.cat([inputs[3] for inputs in watched.inputs]).flatten(1)
-    assert e.std().item() == pytest.approx(1, abs=0.05)
-    assert (torch.cdist(e, e) + 9 * torch.eye(96)).min() > 1
-    assert len(torch.cat([inputs[5] for inputs in watched.inputs]).unique()) == 96
-
-
-def test_the_log_has_means_since_the_last_row_and_the_weighted_sum(watched):
-    rows, begin = saved(watched.folder)["log"], 0
-    assert [row["step"] for row in rows] == [4, 8, 10, 12]
-    for row in rows:
-        results = watched.results[begin:row["step"]]
-        for name in results[0]:
-            mean = sum(losses[name].item() for losses in results) / len(results)
-            assert row[name] == pytest.approx(mean, rel=1e-5)
-        expected = (2 * row["reconstruction"] + 0.5 * row["consistency"]
-                    + 3 * row["latent_consistency"])
-        assert row["total"] == pytest.approx(expected, rel=1e-5)
-        begin = row["step"]
 
 
 def new_denoiser():
@@ -233,7 +206,7 @@ def test_batches_are_drawn_anew_and_half_of_them_mirrored():
 def test_part_one_alone_learns_made_up_latents(generator):
     part_one = {}
     exec((ROOT / "sphere_latent.py").read_text().split("\n# ==== Part II")[0], part_one)
-    means, config = points(1, 3, 4, 8), part_one["Config"]()
+    means, config = points(1, 3, 4, 8), part_one["Config"](precision="float32")
     torch.manual_seed(0)
     denoiser = part_one["Denoiser"]((4, 8), 3, 32, 2, 2)
     average = copy.deepcopy(denoiser)
@@ -245,12 +218,14 @@ def test_part_one_alone_learns_made_up_latents(generator):
         losses = part_one["training_step"](denoiser, average, optimizer, [(z, labels)], config,
                                            generator)
         history.append(losses["total"].item())
-    assert sum(history[-20:]) < 0.5 * sum(history[:20])
+    expected = [0.98964, 0.66505, 0.45974, 0.25247]          # see test_numbers.py
+    assert [history[n] for n in (0, 9, 29, 59)] == pytest.approx(expected, rel=1e-3)
     labels = torch.arange(60) % 3
     z = part_one["sample"](denoiser, labels, generator=generator)
     distances = torch.cdist(z.flatten(1), means.flatten(1))
     assert (distances.argmin(1) == labels).float().mean() > 0.95
     assert distances.min(1).values.mean() < 0.5 * torch.pdist(means.flatten(1)).min()
+    assert z.abs().mean().item() == pytest.approx(0.70328, rel=1e-3)
 
 
 # ---- runs that are stopped -----------------------------------------------------------------------
@@ -323,19 +298,6 @@ def test_a_checkpoint_is_whole_at_every_moment(tmp_path, monkeypatch):
     with pytest.raises(sl.UserError, match="kept"):
         sl.save_checkpoint(path, {"step": 9})
     assert torch.load(path)["step"] == 6
-
-
-def test_images_that_stay_in_their_files_give_the_same_weights(tmp_path, monkeypatch):
-    images, results = fewer_drawings("train", 16), []
-    for n, pixels in enumerate(images.pixels[:40]):
-        path = tmp_path / "images" / images.classes[n % 2] / f"{n}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
-    for folder, limit in ((tmp_path / "memory", sl.IN_MEMORY), (tmp_path / "files", 0)):
-        monkeypatch.setattr(sl, "IN_MEMORY", limit)
-        assert train(folder, "--train-steps", "3", "--data-dir", str(tmp_path / "images")) == 0
-        results.append([saved(folder)["model"], saved(folder)["autoencoder"]])
-    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.slow

@@ -35,18 +35,3 @@ def test_every_label_and_every_position_gives_another_output():
     tokens = outputs.flatten(0, 1)
     assert (torch.cdist(tokens, tokens) + torch.eye(64)).min() > 1e-2
     torch.testing.assert_close(model(x), outputs[3:].expand(4, -1, -1))      # the null label's
-
-
-def test_attention_by_hand():
-    """With gradients and without, which is another branch."""
-    block, x = random_denoiser().blocks[0], points(0, 1, 5, 64)
-    mixed = []
-    for head in (slice(0, 32), slice(32, 64)):
-        q, k, value = [layer(x[0])[:, head] for layer in (block.q, block.k, block.v)]
-        q = q / q.square().mean(1, keepdim=True).sqrt() * block.q_norm.weight
-        k = k / k.square().mean(1, keepdim=True).sqrt() * block.k_norm.weight
-        mixed.append((q @ k.T / 32 ** 0.5).softmax(1) @ value)
-    expected = (torch.cat(mixed, dim=1) @ block.out.weight.T)[None]
-    for gradients in (True, False):
-        with torch.set_grad_enabled(gradients):
-            torch.testing.assert_close(block.attention(x), expected, rtol=1e-4, atol=1e-5)

