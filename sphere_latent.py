@@ -1767,7 +1767,7 @@ def progress_figures(run, images, log, folder):
 #   tests/experiments/speed.py --memory.
 PHOTOS = {"autoencoder_steps": 1000, "train_steps": 10_000, "learning_rate": 3e-3, "cfg_scale": 3.0}
 PAPER = {"image_size": 256, "model_size": "B", "batch_size": 1024, "learning_rate": 2e-4,
-         "ema_decay": 0.9995, "train_steps": 8000, "eval_samples": 50_000}
+         "ema_decay": 0.9995, "train_steps": 8000, "eval_samples": 50_000, "save_every": 500}
 PRESETS = {
     ("drawn", "tiny"): {},
     ("drawn", "dinov2-b"): PAPER,
@@ -1922,7 +1922,7 @@ def train(config, resume=False, overwrite=False):
     first_process_first(lambda: fetch_weights(config))
     images, held_out = load_both_splits(config)
     if saved is not None and saved["classes"] != images.classes:
-        raise UserError(f"{folder} is of other classes than the images that are there now")
+        raise UserError(f"{folder} was trained on other classes than those of the images found now")
     say(f"{len(images):,} images to learn and {len(held_out):,} to compare with; device {device}, "
         f"{config.train_steps:,} updates of {config.batch_size} images, folder {folder}")
     counts = torch.bincount(images.labels).tolist()

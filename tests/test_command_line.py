@@ -52,7 +52,8 @@ WRONG = {
         "now", "--flips=yes", "--batch=8", "--resume absent", "--image-size=50", "--image-size=0",
         "--patch-size 33 --image-size=66", "--latent-channels=769", "--device=cuda:99",
         "--autoencoder dinov2-b --image-size=64", "--device=meta", "--data-dir absent",
-        "--noise-distribution uniform-tangent --max-angle=90"],
+        "--noise-distribution uniform-tangent --max-angle=90",
+        "--method sphere-encoder --dataset cifar10 --patch-size 8 --image-size=16"],
     "train --resume RUN": ["--overwrite"],
     "evaluate --checkpoint RUN": ["absent", "--eval-samples=1", "--steps=2"],
     "sample --checkpoint RUN": [
@@ -81,6 +82,7 @@ def test_flags_with_underscores_and_a_home(trained, monkeypatch, tmp_path, capsy
     assert sl.find_images(config)["train"].classes == ["a_b"]
     folder = sl.prepare_folder(dataclasses.replace(config, out="~/run"), False, False)
     assert folder == tmp_path / "run"
+    assert "train | sample | evaluate" in refused(capsys)     # no command at all
 
 
 CHANGES = {"train_steps": 9, "data_dir": "x", "device": "cpu", "micro_batch": 3,
@@ -167,10 +169,10 @@ def test_a_sheet_has_a_row_for_each_class(small_run, tmp_path, monkeypatch):
     assert run(*command, "--classes", "poppy", 3, "--count", 2, "--seed", 5, "--cfg-scale", 2,
                "--tilt", 45, "--steps", 6, "--out", tmp_path / "new/x.PNG") == 0
     kinds = [[label] * 8 for label in range(12)]
-    names = [species[0] for species in sl.SPECIES]
+    names = [species[0] for species in reversed(sl.SPECIES)]
     assert sheets == [
         [[0, 1.5, 90, 4], kinds, names, small_run / "sampled.png"],
-        [[5, 2, 45, 6], [[9, 9], [3, 3]], ["poppy", "clematis"], tmp_path / "new/x.PNG"]]
+        [[5, 2, 45, 6], [[2, 2], [3, 3]], ["poppy", "lily"], tmp_path / "new/x.PNG"]]
     assert (tmp_path / "new").is_dir()
 
 
@@ -212,3 +214,9 @@ def test_missing_weights_are_named_with_a_command_that_works(tmp_path, monkeypat
     assert run(*words) == 0
     sl.fetch_weights(trained[0])                             # it needs none
     assert not sl.uses_rae(trained[0]) and trained[0].data_dir == "my photos"
+
+
+def test_a_run_does_not_go_on_with_other_classes(small_run, monkeypatch, capsys):
+    others = sl.Images([0, 1], ["cat", "dog"], pixels=torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    monkeypatch.setattr(sl, "load_both_splits", lambda config: (others, others))
+    assert "other classes" in refused(capsys, "train", "--resume", small_run)

@@ -8,7 +8,8 @@ import scipy.linalg
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import points
+from conftest import fewer_drawings, points
+from PIL import Image
 from torchvision.models import inception_v3
 
 import sphere_latent as sl
@@ -151,6 +152,40 @@ def test_what_each_row_compares(monkeypatch, capsys, autoencoder):
             assert float(row["frechet_distance"]) == pytest.approx(float(distance / unit), abs=1e-4)
             assert f"{what}  " in out and row["frechet_distance"] in out
     assert rows == [] and sl.balanced_labels(4, 1000).tolist() == [0, 250, 500, 750]
+
+
+def test_what_each_picture_shows(small_run, monkeypatch):
+    run, sheets, words = sl.load_run(small_run), [], []
+
+    def picture(path, rows, *names):
+        sheets.append(rows)
+        words.append((path, *names))
+    images, held_out = fewer_drawings("train", 16), fewer_drawings("test", 16)
+    monkeypatch.setattr(sl, "picture", picture)
+    sl.sample_figure(run, images, "samples.png")
+    sl.reconstruction_figure(run, held_out, CPU, "rebuilt.png")
+    samples = [sl.sample_images(run, torch.arange(12), steps) for steps in (1, 2, 4, 6)]
+    x = held_out.pixels[::4] / 255
+    rebuilt = run[1].decode(run[1].encode(x))
+    names = ["training image", "steps: 1", "steps: 2", "steps: 4", "steps: 6"]
+    psnr = -10 * (x - rebuilt).square().mean((1, 2, 3)).log10().mean().item()
+    torch.testing.assert_close(sheets, [[images.pixels[:12] / 255, *samples], [x, rebuilt]])
+    assert words == [("samples.png", names, images.classes),
+                     ("rebuilt.png", ["image", f"rebuilt, {psnr:.1f} dB"])]
+
+
+def test_a_sheet_shows_rows_from_top_to_bottom(tmp_path):
+    colours = torch.tensor([[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 1, 0], [0, 1, 1], [1, 0, 1]]])
+    rows = colours[..., None, None].expand(2, 3, 3, 8, 8).float()
+    sl.picture(tmp_path / "a.png", list(rows), ["up", "down"], ["$x", "y", "z"])
+    with Image.open(tmp_path / "a.png") as image:
+        pixels = torch.from_numpy(np.array(image.convert("RGB")))            # [H, W, 3]
+    centres = [(pixels == 255 * colour).all(2).nonzero().float().mean(0)
+               for colour in colours.flatten(0, 1)]
+    y, x = torch.stack(centres).view(2, 3, 2).unbind(2)
+    side = y[1, 0] - y[0, 0]
+    assert side > 100 and (x.diff(dim=1) - side).abs().max() < 2
+    assert y[:, 0].diff() > 0 and (y - y[:, :1]).abs().max() < 2
 
 
 @pytest.mark.parametrize("change", [

@@ -79,7 +79,8 @@ def test_pictures_and_checkpoint_have_the_moving_average_of_all_updates(watched)
     _, autoencoder, denoiser = sl.load_run(watched.folder)
     torch.testing.assert_close(weights(denoiser), averages[-1], rtol=0, atol=1e-6)
     assert (averages[-1] - watched.weights[-1]).abs().max() > 1e-4
-    assert not denoiser.training and not autoencoder.training
+    for model in (denoiser, autoencoder):
+        assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
 def test_each_update_has_its_learning_rate(watched):
