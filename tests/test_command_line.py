@@ -1,7 +1,10 @@
 """The command line. What a person can put right ends in one line and exit code 2."""
+import contextlib
 import dataclasses
+import io
 import json
 import pathlib
+import runpy
 import shlex
 import shutil
 
@@ -53,7 +56,8 @@ WRONG = {
         "--patch-size 33 --image-size=66", "--latent-channels=769", "--device=cuda:99",
         "--autoencoder dinov2-b --image-size=64", "--device=meta", "--data-dir absent",
         "--noise-distribution uniform-tangent --max-angle=90",
-        "--method sphere-encoder --dataset cifar10 --patch-size 8 --image-size=16"],
+        "--method sphere-encoder --dataset cifar10 --patch-size 8 --image-size=16",
+        "--autoencoder tiny --dataset imagenet"],
     "train --resume RUN": ["--overwrite"],
     "evaluate --checkpoint RUN": ["absent", "--eval-samples=1", "--steps=2"],
     "sample --checkpoint RUN": [
@@ -220,3 +224,15 @@ def test_a_run_does_not_go_on_with_other_classes(small_run, monkeypatch, capsys)
     others = sl.Images([0, 1], ["cat", "dog"], pixels=torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
     monkeypatch.setattr(sl, "load_both_splits", lambda config: (others, others))
     assert "other classes" in refused(capsys, "train", "--resume", small_run)
+
+
+@pytest.mark.parametrize("stream, word", [
+    (io.StringIO(), "é"), (io.TextIOWrapper(io.BytesIO(), encoding="ascii"), r"\xe9")])
+def test_it_runs_in_notebooks_and_in_terminals_without_all_letters(tmp_path, monkeypatch, stream,
+                                                                   word):
+    fill(tmp_path, "a/1.png", "a/2.png", "é/3.txt")
+    monkeypatch.setattr("sys.argv", ["", "train", "--data-dir", str(tmp_path), "--device", "cpu"])
+    with contextlib.redirect_stdout(stream), pytest.raises(SystemExit) as leaving:
+        runpy.run_path(sl.__file__, run_name="__main__")     # as `%run` does
+    stream.seek(0)
+    assert leaving.value.code == 2 and f"folder {word} holds no image" in stream.read()
