@@ -77,7 +77,7 @@ class Config:
     latent_channels: int = setting(64, "tiny: channels of a token", low=1)
     autoencoder_steps: int = setting(300, "tiny: updates of its decoder", low=1)
     # the denoiser and its losses; noise_mean was tuned on the drawn flowers, small_ratio and
-    # latent_consistency_weight are those of Sphere Encoder
+    # latent_consistency_weight are Sphere Encoder's
     model_size: str = setting("tiny", "width and depth", ("tiny", "S", "B", "L", "XL"))
     noise_distribution: str = setting("logit-normal", "distribution of the large angle", (
         "logit-normal", "uniform", "uniform-tangent"))
@@ -92,11 +92,11 @@ class Config:
     # optimization; learning_rate and ema_decay were tuned on the drawn flowers
     train_steps: int = setting(1000, "updates of the denoiser", low=1)
     batch_size: int = setting(32, "images per update, over all processes", low=1, high=10**6)
-    micro_batch: int = setting(32, "images computed at once in a process; fewer save memory", low=1)
+    micro_batch: int = setting(32, "images of an update computed at once; fewer save memory", low=1)
     learning_rate: float = setting(5e-3, "largest learning rate of AdamW", high=100)
     ema_decay: float = setting(0.995, "decay of the moving average of the weights", high=1)
-    precision: str = setting("auto", "of matrix products but RAE's; auto: bfloat16 if fast",
-                             ("auto", "bfloat16", "float32"))
+    precision: str = setting("auto", "of matrix products, but RAE's; auto: bfloat16 where it is "
+                             "fast; float32 is TF32 on CUDA", ("auto", "bfloat16", "float32"))
     compile: bool = setting(False, "use torch.compile")
     save_every: int = setting(100, "updates between checkpoints, with sample pictures", low=1)
     # sampling and evaluation
@@ -210,7 +210,7 @@ class Block(nn.Module):
         value = rearrange(self.v(x), "b n (h k) -> b h n k", h=self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if x.device.type == "cpu" and torch.is_grad_enabled():
-            # For short sequences on a CPU the fused backward pass is slower than this.
+            # On a CPU, where sequences here are short, the fused backward pass is slower than this.
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5           # [B, heads, N, N]
             y = scores.softmax(-1).to(value.dtype) @ value                   # [B, heads, N, K]
         else:
@@ -315,13 +315,12 @@ def denoiser_for(config, latent_shape, num_classes):
 #   z. Near 90 degrees nearly all images fit, and their mean is a blur. So loss 1 gets only the
 #   less noisy point of each pair, though that one can be quite noisy too (section 1).
 # Loss 2 escapes most of that blur. Its goal is not z but z_hat_small, the denoiser's own answer.
-#   Near 90 degrees v_large shows clearly only e, and e says nothing about z. But v_small holds the
-#   same e. Where its angle is large enough that more than one z fits, z_hat_small depends on e as
-#   well as on z, so that e says something about the goal. The more e decides the goal, the fewer
-#   goals fit v_large, and the sharper is their mean. Some softness stays, and is the reason for
-#   more than one step (section 5).
+#   Near 90 degrees v_large shows clearly only e, and e says nothing about z. But v_small was made
+#   with the same e. Where more than one z fits v_small, e helps to decide which estimate comes out.
+#   So the e that v_large shows predicts a part of the goal, and the mean of the goals that remain
+#   is sharper. Some softness stays, and is the reason for more than one step (section 5).
 # Loss 3 ties z_hat_large to the data itself, not by way of z_hat_small, and in direction alone.
-#   Near 90 degrees its best answer is a mean as well, so its weight is small.
+#   Near 90 degrees its best answer is a mean as well, one more reason for its small weight.
 # The target of loss 1 is z and not v: f has removed the length of z, and the decoder needs it.
 
 def reconstruction_loss(z_hat_small, target, distance=F.mse_loss):
@@ -332,7 +331,7 @@ def reconstruction_loss(z_hat_small, target, distance=F.mse_loss):
 def consistency_loss(z_hat_large, z_hat_small, distance=F.mse_loss):
     """Loss 2: from much noise, arrive where little noise arrived.
 
-    No gradient flows to z_hat_small, or the better estimate would be pulled to the worse one.
+    No gradient flows to z_hat_small: otherwise the better estimate would be pulled to the worse.
     """
     return distance(z_hat_large, z_hat_small.detach())
 
@@ -372,7 +371,8 @@ def sphere_losses(denoiser, z, labels, e, alpha_small, alpha_large, config):
 
 # ---- 4. A training step --------------------------------------------------------------------------
 
-LABEL_DROPOUT = 0.1          # share of labels replaced by the null label, for guidance (section 5)
+# Share of labels replaced by the null label, for guidance (section 5). As in Sphere Encoder.
+LABEL_DROPOUT = 0.1
 
 
 def autocast(device, precision):
@@ -389,10 +389,10 @@ def has_fast_bfloat16(device):
     return False
 
 
-def learning_rate_at(step, steps, largest):
+def learning_rate_at(step, updates, largest):
     """Linear warm-up over 50 updates, then constant, then linear decay over the second half."""
     warm_up = (step + 1) / 50
-    decay = 2 - 2 * step / steps                             # 1 halfway, 0 at the end
+    decay = 2 - 2 * step / updates                           # 1 halfway, 0 at the end
     return largest * min(warm_up, 1, decay)
 
 
@@ -409,8 +409,8 @@ def training_step(denoiser, average, optimizer, batch, config, generator, loss_o
     batch is a list of micro-batches (z [B, N, C], labels [B]). They are computed one after the
     other, and their gradients add up to the gradient of the whole batch. Under torchrun, each
     process has a batch of its own, and the denoiser comes in a DistributedDataParallel, which
-    averages the gradients over the processes. It hides the denoiser's attributes, so these are
-    read from `average`. Sphere Encoder (section 9) passes another loss_of, and images for z.
+    averages the gradients over the processes. The wrapper hides the denoiser's attributes, so these
+    are read from `average`. Sphere Encoder (section 9) passes another loss_of, and images for z.
     """
     size = sum(len(labels) for _, labels in batch)
     device = generator.device
@@ -424,7 +424,7 @@ def training_step(denoiser, average, optimizer, batch, config, generator, loss_o
 
         exchange = contextlib.nullcontext()                  # of gradients between processes
         if hasattr(denoiser, "no_sync") and number < len(batch):
-            exchange = denoiser.no_sync()                    # not yet: with the last one
+            exchange = denoiser.no_sync()                    # only with the last micro-batch
         with exchange:
             with autocast(device, config.precision):
                 losses = loss_of(denoiser, z, labels, e, alpha_small, alpha_large, config)
@@ -440,9 +440,9 @@ def training_step(denoiser, average, optimizer, batch, config, generator, loss_o
 
 # ---- 5. Sampling ---------------------------------------------------------------------------------
 # Why more than one step? A random point f(e) is a v_large at 90 degrees, and the estimate from
-# there is still soft (section 3). Tilted back into noise by less than 90 degrees, it is nearly a
-# point as in training, where a real latent is tilted, and fewer images fit it. So the next estimate
-# is sharper, and so on.
+# there is still soft (section 3). Tilted back into noise by less than 90 degrees, it resembles a
+# noisy point of training. That point still shows a part of the estimate, so fewer images fit it,
+# and the next estimate is sharper; and so on.
 
 def guided(network, x, labels, null_label, scale):
     """Classifier-free guidance: network(x, labels), pushed away from network(x, null label)."""
@@ -466,8 +466,7 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, tilt=math.pi / 2, noise=Non
     The paper's angles and its noise between steps are unknown. Two choices here are ours, tuned on
     the drawn flowers. The power 0.7 keeps the angles large for longer (74, 55 and 34 degrees in
     four steps; linear would be 68, 45 and 23). The weights 0.4 and 0.92 use a part of the first
-    noise again. With both, the distance to real drawings (tests/experiments/judge.py) at 2, 4 and 6
-    steps was 0.074, 0.038 and 0.032; with linear angles and all new noise 0.095, 0.053 and 0.043.
+    noise again. With both, samples come nearer to real drawings at 2, 4 and 6 steps.
     """
     if noise is None:
         noise = torch.randn(steps, len(labels), *denoiser.latent_shape, generator=generator,
@@ -665,7 +664,7 @@ def fit_tiny_rae(autoencoder, some_images, batches, config):
 
 # ---- 7. RAE --------------------------------------------------------------------------------------
 # The paper's autoencoder, "Diffusion Transformers with Representation Autoencoders" (arXiv
-# 2510.11690). It is not autocast to bfloat16, in which its users met NaN.
+# 2510.11690). It is not autocast to bfloat16, because its users reported NaN there.
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)                        # of red, green, blue
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -819,7 +818,8 @@ class InceptionFID(nn.Module):
             state = fetch_inception()
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        inception.load_state_dict_from_url = lambda *args, **options: state  # no second download
+        # from here on pytorch_fid takes these weights and downloads none
+        inception.load_state_dict_from_url = lambda *args, **options: state
         self.network = inception.InceptionV3().eval()
 
     def forward(self, images):
@@ -830,7 +830,7 @@ class InceptionFID(nn.Module):
 class UntrainedFeatures(nn.Module):
     """Maps images [B, 3, H, W] in [0, 1] to 256 features: convolutions with fixed random weights.
 
-    They need no download and favour no run. Their distance compares runs on the same images and is
+    They need no download and no data. Their distance compares runs on the same images and is
     not an FID.
     """
 
@@ -877,12 +877,12 @@ def feature_statistics(network, batches):
 
 
 # ---- 9. Sphere Encoder ---------------------------------------------------------------------------
-# The predecessor trains an encoder E and a decoder D together, on pixels. The scheme of its losses
-# is that of section 3: D stands for the denoiser, f after E for f, the image for z.
+# The predecessor trains an encoder E and a decoder D together, on pixels. Its losses are those of
+# section 3: read the image for z, f(E(image)) for f(z), and the decoder for the denoiser.
 
 class SphereEncoder(nn.Module):
     """f(E(image)) is a point on the sphere; D maps any point on the sphere, however noisy, to an
-    image, and so is the generator. Both get the label. That both start from PCA of patches is ours.
+    image, and so is the generator. Both get the label. Starting both from PCA is our choice.
     """
 
     def __init__(self, config, num_classes):
@@ -1019,7 +1019,7 @@ def uses_rae(config):
     return config.method == "sphere-latent" and config.autoencoder == "dinov2-b"
 
 
-# torchrun starts several processes. Each one trains on batches of its own; together they are one.
+# torchrun starts several processes. Each trains on a part of its own of every batch.
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -1254,13 +1254,13 @@ def find_image_files(root):
     """Find all images below a folder. Returns {class name: sorted paths}; a class may be empty.
 
     A class is a folder in root. If these hold no image, root itself is the only class. Hidden files
-    and folders are left out, and so are the pictures in this program's run folders.
+    and folders are left out, and so are the pictures of runs.
     """
     found = {}
     for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(HIDDEN))
-        if "checkpoint.pt" in names:                         # a run folder
-            names = []
+        if "checkpoint.pt" in names:                         # a run's own pictures are no data
+            names = [name for name in names if name not in (*RUN_FILES, "sampled.png")]
         class_name = os.path.relpath(folder, root).split(os.sep)[0]          # "." is root itself
         found.setdefault(class_name, []).extend(
             os.path.join(folder, name) for name in sorted(names)
@@ -1340,7 +1340,7 @@ def cifar_splits(config, root):
 
 def oxford_flowers_splits(config, root):
     """Oxford-Flowers 102. With RAE we train on all 8,189 photographs and compare samples with all
-    of them. TinyRAE learns from these alone, so a tenth is held out."""
+    of them. TinyRAE is itself trained on the photographs, so a tenth is held out."""
     from torchvision.datasets import Flowers102
     files = {name: [] for name in Flowers102.classes}
     for split in ("train", "val", "test"):
@@ -1400,7 +1400,7 @@ def load_both_splits(config):
     return train, read_images(found["test"])
 
 
-def as_it_is(batch):                                         # a batch of Images is one already
+def as_it_is(batch):                                         # __getitems__ returns a whole batch
     return batch
 
 
@@ -1603,7 +1603,8 @@ def fit(model, autoencoder, images, config, folder, saved=None):
     else:
         run = config, autoencoder, average
         encode = autoencoder.encode                          # frozen, so it keeps no gradients
-    if saved is None:                                        # so that TinyRAE is not fitted anew
+    if saved is None:
+        # a run that is stopped early need not train TinyRAE again
         save_run(folder, state, images.classes, config, step, log)
 
     if config.compile:
@@ -1721,8 +1722,12 @@ STEP_COUNTS = (1, 2, 4, 6)
 def sample_figure(run, images, path):
     """Training images of 12 labels, and below the same random points after 1 to 6 steps."""
     labels = balanced_labels(12, len(images.classes))
-    first_of_class = [(images.labels == label).nonzero()[0].item() for label in labels]
-    rows = [torch.stack([images[i][0] for i in first_of_class])]
+    shown = []
+    for column, label in enumerate(labels):
+        of_class = (images.labels == label).nonzero().flatten().tolist()
+        earlier = column // len(images.classes)              # columns of the same class
+        shown.append(images[of_class[earlier % len(of_class)]][0])
+    rows = [torch.stack(shown)]
     rows += [sample_images(run, labels, steps) for steps in STEP_COUNTS]
     names = ["training image", *[f"steps: {steps}" for steps in STEP_COUNTS]]
     picture(path, rows, names, [images.classes[label] for label in labels])
@@ -1784,7 +1789,7 @@ PRESETS = {
                                "micro_batch": 8, "save_every": 2000},
     ("imagenet", "tiny"): PHOTOS,
 }
-# Sphere Encoder: noise and weights from its paper (there loss 1 has 25 to 50, loss 2 1 to 25).
+# Sphere Encoder: noise and weights of its paper (25 to 50 for loss 1, 1 to 25 for loss 2).
 SPHERE_ENCODER = {"noise_distribution": "uniform-tangent", "max_angle": 85.0, "tilt": 85.0,
                   "reconstruction_weight": 25.0, "consistency_weight": 2.0}
 
@@ -1792,7 +1797,7 @@ SPHERE_ENCODER = {"noise_distribution": "uniform-tangent", "max_angle": 85.0, "t
 def preset(dataset, autoencoder="", method="sphere-latent"):
     """The Config that a data set, an autoencoder and a method start from."""
     if method == "sphere-encoder":
-        autoencoder = "tiny"                                 # it works on pixels of that size
+        autoencoder = "tiny"                                 # it learns its own, of these sizes
     if not autoencoder:
         autoencoder = next(name for data, name in PRESETS if data == dataset)
     config = Config(dataset=dataset, autoencoder=autoencoder, method=method,
@@ -1914,11 +1919,14 @@ def train(config, resume=False, overwrite=False):
     """
     device = find_device(config.device)
     if device.type == "cpu" and uses_rae(config):
-        say(f"No GPU found: on a CPU this takes weeks. For a CPU: {small_command(config)}")
+        say(f"On a CPU this takes weeks. To train there: {small_command(config)}")
     folder = prepare_folder(config, resume, overwrite)
     saved = None
     if resume and (folder / "checkpoint.pt").exists():
         saved = read_checkpoint(folder)
+    if saved is not None and saved["step"] > config.train_steps:
+        raise UserError(f"--train-steps {config.train_steps}: the run in {folder} has made "
+                        f"{saved['step']} already")
     first_process_first(lambda: fetch_weights(config))
     images, held_out = load_both_splits(config)
     if saved is not None and saved["classes"] != images.classes:
@@ -2079,7 +2087,8 @@ def resumed_config(folder, given):
 def train_command(given):
     """Train a model; write its checkpoint, pictures and distances to a run folder.
 
-    The defaults below are those of the drawn flowers. Other data sets have their own; see PRESETS.
+    The defaults below are those of the drawn flowers. Other data sets have their own: PRESETS, in
+    sphere_latent.py. The run's config.json holds the values that it had.
     """
     resume = given.pop("resume", None)
     overwrite = False
@@ -2154,18 +2163,20 @@ def number_type(field):
     """What argparse turns the text of a number flag into, within the range of a field of Config."""
     low, high = field.metadata["low"], field.metadata["high"]
 
+    kind = "a whole number" if field.type is int else "a number"
+
     def number(text):
         with contextlib.suppress(ValueError):
             value = field.type(text)
             if low <= value <= high:                         # nan is in no range
                 return value
-        raise argparse.ArgumentTypeError(f"{text[:20]} must be a number from {low} to {high:,}")
+        raise argparse.ArgumentTypeError(f"{text[:20]} must be {kind} from {low} to {high:,}")
 
     return number
 
 
 def build_parser():
-    """Flags are made from the fields of Config. The result holds only the flags that were given."""
+    """Flags are made from the fields of Config. parse_args returns only those that were given."""
     parser = Parser(prog="sphere_latent.py", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True, metavar="train | sample | evaluate")
     fields = {field.name: field for field in dataclasses.fields(Config)}
@@ -2214,7 +2225,7 @@ def with_dashes(word):
 def main(argv=None):
     """Run one command. Returns 0, 2 for an error that the user can correct, or 130 for Ctrl-C."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():       # torchrun
-        # gloo for tensors on the CPU (sums of losses), nccl for gradients on GPUs
+        # gloo for tensors on the CPU (sample pictures), nccl for those on GPUs (gradients)
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backends, timeout=datetime.timedelta(hours=12))
     code = 2                                                 # of all errors but Ctrl-C

@@ -155,6 +155,7 @@ def test_what_each_row_compares(monkeypatch, capsys, autoencoder):
 
 
 def test_what_each_picture_shows(small_run, monkeypatch):
+    """With twelve classes or more an image of each, with fewer several of the same."""
     run, sheets, words = sl.load_run(small_run), [], []
 
     def picture(path, rows, *names):
@@ -172,6 +173,10 @@ def test_what_each_picture_shows(small_run, monkeypatch):
     torch.testing.assert_close(sheets, [[images.pixels[:12] / 255, *samples], [x, rebuilt]])
     assert words == [("samples.png", names, images.classes),
                      ("rebuilt.png", ["image", f"rebuilt, {psnr:.1f} dB"])]
+    two = sl.Images(torch.arange(240) // 234, ["many", "few"], pixels=images.pixels)
+    sl.sample_figure(run, two, "samples.png")
+    few, many = images.pixels[234:] / 255, images.pixels[:6] / 255
+    torch.testing.assert_close(sheets[-1][0], torch.stack([many, few], 1).flatten(0, 1))
 
 
 def test_a_sheet_shows_rows_from_top_to_bottom(tmp_path):

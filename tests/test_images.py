@@ -40,8 +40,8 @@ def names_by_class(images):
      {"a": ["1.PNG", "2.Jpg", "3.jfif", "4.webp"]}),
     (["a/1.png", "a/2.png", "a/3.png", "a/4.png", "a/.5.png", "a/._6.png", ".b/7.png",
       "a/.c/8.png", "__MACOSX/a/9.png"], {"a": ["1.png", "2.png", "3.png", "4.png"]}),
-    (["1.png", "2.png", "3.png", "4.png", "runs/x/checkpoint.pt", "runs/x/samples.png"],
-     {"root": ["1.png", "2.png", "3.png", "4.png"]})])
+    (["1.png", "2.png", "3.png", "4.png", "checkpoint.pt", "samples.png", "runs/x/checkpoint.pt",
+      "runs/x/samples.png"], {"root": ["1.png", "2.png", "3.png", "4.png"]})])
 def test_what_is_found_in_a_folder(tmp_path, names, expected):
     train, _ = both_splits(fill(tmp_path / ".hidden/root", *names))
     assert names_by_class(train) == expected and train.classes == sorted(expected)
