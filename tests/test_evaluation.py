@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import fewer_drawings, points
 from PIL import Image
+from pytorch_fid import inception
 from torchvision.models import inception_v3
 
 import sphere_latent as sl
@@ -61,6 +62,22 @@ def test_inception_is_the_network_of_fid(tmp_path, monkeypatch, generator):
         network(2 * F.interpolate(x, (299, 299), mode="bilinear") - 1)
         assert features.shape == (2, 2048) and len(pooled) == 10
         assert (features - pooled[9]).abs().max() < 1e-3 * pooled[9].std()
+
+
+def test_features_for_fid_are_those_of_pytorch_fid_in_eval_mode(monkeypatch):
+    class InceptionV3(nn.Module):                            # in the place of the large one
+        def __init__(self):
+            super().__init__()
+            assert inception.load_state_dict_from_url("url", progress=True) == "weights"
+
+        def forward(self, images):
+            assert not self.training and images.dtype == torch.float32
+            return [images.mean((2, 3), keepdim=True)]
+    monkeypatch.setattr(inception, "InceptionV3", InceptionV3)
+    monkeypatch.setattr(inception, "load_state_dict_from_url", None)         # and back again
+    monkeypatch.setattr(sl, "fetch_inception", lambda: "weights")
+    images = torch.rand(2, 3, 8, 8).bfloat16()
+    torch.testing.assert_close(sl.InceptionFID()(images), images.float().mean((2, 3)))
 
 
 class FewFeatures(nn.Module):

@@ -93,3 +93,13 @@ def test_an_update_waits_for_nothing_and_images_stay_on_the_gpu(to_cuda, monkeyp
     assert psnr.device == CUDA
     mean, covariance = sl.feature_statistics(features, [images, x])
     assert mean.shape == (256,) and covariance.device.type == "cpu"
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: torch.ones(size))
+    assert sl.find_device("cuda") == torch.device("cuda", 1)
+    assert chosen == ["cuda:1", "high"]
