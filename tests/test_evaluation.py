@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from conftest import fewer_drawings, points
 from PIL import Image
 from pytorch_fid import inception
@@ -196,7 +197,10 @@ def test_what_each_picture_shows(small_run, monkeypatch):
     torch.testing.assert_close(sheets[-1][0], torch.stack([many, few], 1).flatten(0, 1))
 
 
-def test_a_sheet_shows_rows_from_top_to_bottom(tmp_path):
+def test_a_sheet_shows_rows_from_top_to_bottom(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **options: (
+        figures.append(figure), save(figure, *arguments, **options)))
     colours = torch.tensor([[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 1, 0], [0, 1, 1], [1, 0, 1]]])
     rows = colours[..., None, None].expand(2, 3, 3, 8, 8).float()
     sl.picture(tmp_path / "a.png", list(rows), ["up", "down"], ["$x", "y", "z"])
@@ -208,6 +212,10 @@ def test_a_sheet_shows_rows_from_top_to_bottom(tmp_path):
     side = y[1, 0] - y[0, 0]
     assert side > 100 and (x.diff(dim=1) - side).abs().max() < 2
     assert y[:, 0].diff() > 0 and (y - y[:, :1]).abs().max() < 2
+    [axes] = figures[0].axes
+    for axis, names in ((axes.xaxis, ["$x", "y", "z"]), (axes.yaxis, ["up", "down"])):
+        assert axis.get_ticklocs().tolist() == [4, 12, 20][:len(names)]      # in the middle
+        assert [label.get_text() for label in axis.get_ticklabels()] == names
 
 
 @pytest.mark.parametrize("change", [

@@ -19,7 +19,7 @@ import sphere_latent as sl
      [0.1550, 3.2966, 3.2917, 3.2872, 3.2858]),
     (["--method", "sphere-encoder"], [0.014743, 0.0051687, 0.71162, 0.45007, 0.41681],
      [0.3354, 0.7576, 0.7574, 0.7573, 0.7573])])
-def test_a_small_run(tmp_path, monkeypatch, flags, log, distances):
+def test_a_small_run(tmp_path, monkeypatch, capsys, flags, log, distances):
     """Losses, their weighted sum and the norm of the gradient; distances, rebuilt and sampled."""
     eigh = torch.linalg.eigh
 
@@ -29,11 +29,20 @@ def test_a_small_run(tmp_path, monkeypatch, flags, log, distances):
     monkeypatch.setattr(torch.linalg, "eigh", with_one_sign)
     flags = [*SMALL, *flags, "--train-steps", "20", "--precision", "float32"]
     assert sl.main(["train", *flags, "--out", str(tmp_path)]) == 0
+    assert "20/20" in capsys.readouterr().err                # the bar
     *_, (step, *losses, seconds) = csv.reader((tmp_path / "log.csv").open())
     assert step == "20" and list(map(float, losses)) == pytest.approx(log, rel=1e-3)
     rows = csv.DictReader((tmp_path / "evaluation.csv").open())
     found = [float(row["frechet_distance"]) for row in rows]
     assert found == pytest.approx(distances, rel=1e-3)
+
+
+@pytest.mark.parametrize("dataset, images, epochs", [
+    ("flowers", 8_189, 1000), ("animal-faces", 14_630, 1000), ("imagenet", 1_281_167, 800)])
+def test_epochs_at_the_sizes_of_the_paper(dataset, images, epochs):
+    config = sl.preset(dataset)
+    assert config.train_steps * config.batch_size / images == pytest.approx(epochs, rel=0.03)
+    assert sl.uses_rae(config) and config.eval_samples >= 50_000
 
 
 def test_the_drawn_flowers():
