@@ -195,7 +195,7 @@ class Block(nn.Module):
         self.norm1 = RMSNorm(width)
         self.q = nn.Linear(width, width, bias=False)
         self.k = nn.Linear(width, width, bias=False)
-        self.v = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
         self.out = nn.Linear(width, width, bias=False)
@@ -207,7 +207,7 @@ class Block(nn.Module):
     def attention(self, x):
         q = rearrange(self.q(x), "b n (h k) -> b h n k", h=self.heads)       # [B, heads, N, K]
         k = rearrange(self.k(x), "b n (h k) -> b h n k", h=self.heads)
-        value = rearrange(self.v(x), "b n (h k) -> b h n k", h=self.heads)
+        value = rearrange(self.value(x), "b n (h k) -> b h n k", h=self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if x.device.type == "cpu" and torch.is_grad_enabled():
             # On a CPU, where sequences here are short, the fused backward pass is slower than this.
@@ -2132,7 +2132,8 @@ def sample_command(given):
     out = pathlib.Path(given.pop("out", folder / "sampled.png")).expanduser()
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must be the name of a .png file")
-    config, autoencoder, denoiser = run = open_run(path, given)
+    run = open_run(path, given)
+    config, autoencoder, denoiser = run
     classes = (autoencoder if denoiser is None else denoiser).classes
     chosen = sorted(set(balanced_labels(12, len(classes)).tolist()))         # twelve, evenly spread
     if words is not None:

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from conftest import fewer_drawings, points
 from PIL import Image
 from pytorch_fid import inception
-from torchvision.models import inception_v3
 
 import sphere_latent as sl
 
@@ -25,44 +24,6 @@ def test_frechet_distance_against_scipy():
     a, b = x @ x.T, y @ y.T
     expected = ((m_a - m_b) ** 2).sum() + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
     assert sl.frechet_distance(m_a, a, m_b, b) == pytest.approx(expected, rel=1e-6)
-
-
-def put_into_cache(name, state, folder, monkeypatch):
-    """Weights in the place where PyTorch's hub keeps what it has downloaded."""
-    monkeypatch.setenv("TORCH_HOME", str(folder))
-    (folder / "hub/checkpoints").mkdir(parents=True)
-    torch.save(state, folder / "hub/checkpoints" / name)
-
-
-@pytest.mark.slow
-def test_inception_is_the_network_of_fid(tmp_path, monkeypatch, generator):
-    """torchvision's network, with another average pool put under it: the ninth one is a maximum."""
-    torch.manual_seed(0)
-    network = inception_v3(num_classes=1008, aux_logits=False, init_weights=False).eval()
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    name = "pt_inception-2015-12-05-6726825d.pth"            # as published
-    put_into_cache(name, network.state_dict(), tmp_path, monkeypatch)
-    inception = sl.InceptionFID()
-    images = [torch.rand(2, 3, size, size, generator=generator) for size in (299, 64)]
-    found = [inception(x) for x in images]
-    average_pool, pooled = F.avg_pool2d, []                  # what each average pool is given
-
-    def pool(x, **options):
-        pooled.append(x)
-        if len(pooled) == 9:
-            return F.max_pool2d(x, 3, 1, 1)
-        return average_pool(x, 3, 1, 1, count_include_pad=False)
-    monkeypatch.setattr(F, "avg_pool2d", pool)
-    network.avgpool.register_forward_hook(lambda *inputs: pooled.append(inputs[-1].flatten(1)))
-    for x, features in zip(images, found):
-        pooled.clear()
-        network(2 * F.interpolate(x, (299, 299), mode="bilinear") - 1)
-        assert features.shape == (2, 2048) and len(pooled) == 10
-        assert (features - pooled[9]).abs().max() < 1e-3 * pooled[9].std()
 
 
 def test_features_for_fid_are_those_of_pytorch_fid_in_eval_mode(monkeypatch):

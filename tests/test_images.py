@@ -106,26 +106,6 @@ def test_an_image_becomes_an_upright_square_over_white(tmp_path, image, ending, 
     assert np.abs(pixels.permute(1, 2, 0).numpy() - np.array(expected)).mean() < 3
 
 
-def crop_of_adm(image, size):
-    while min(image.size) >= 2 * size:
-        image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-    pixels = np.array(image)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return torch.from_numpy(pixels[top:top + size, left:left + size]).permute(2, 0, 1)
-
-
-@pytest.mark.parametrize("width, height", [(301, 203), (203, 509), (128, 131), (40, 31)])
-def test_the_crop_is_that_of_adm(tmp_path, width, height):
-    coarse = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    photograph = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    photograph.save(tmp_path / "a.png")
-    for size in (32, 64):
-        pixels = sl.read_image(tmp_path / "a.png", size)
-        torch.testing.assert_close(pixels, crop_of_adm(photograph, size), rtol=0, atol=0)
-
-
 def cut(path):
     Image.effect_noise((99, 99), 50).save(path, "JPEG")
     path.write_bytes(path.read_bytes()[:2000])
