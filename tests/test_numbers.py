@@ -61,13 +61,17 @@ def test_the_drawn_flowers():
         assert images.classes[images.labels[9]] == "poppy"
 
 
-def test_a_photograph_becomes_a_square_as_in_adm(tmp_path):
+@pytest.mark.parametrize("size, kept", [
+    (32, [[[69, 224, 60], [53, 133, 200], [196, 30, 187]],
+          [[215, 153, 37], [150, 37, 131], [36, 115, 218]],
+          [[115, 116, 120], [136, 117, 116], [140, 140, 137]]]),
+    (102, [[[218, 65, 146], [28, 208, 81], [225, 33, 196]],                  # half of 204
+           [[224, 167, 76], [28, 63, 151], [220, 210, 130]],
+           [[150, 213, 177], [129, 49, 58], [100, 191, 208]]])])
+def test_a_photograph_becomes_a_square_as_in_adm(tmp_path, size, kept):
     """Compared with ADM's crop, pixel by pixel, when the numbers were kept."""
-    y, x = np.indices((203, 301))
-    waves = [127 + 100 * np.sin(k * x / 9 + y / 7) for k in (1, 2, 3)]
+    y, x = np.indices((204, 301))
+    waves = [127 + 100 * np.sin(k * x / 9 + y / 7) for k in (1, 2, 9)]
     Image.fromarray(np.stack(waves, 2).astype(np.uint8)).save(tmp_path / "a.png")
-    found = sl.read_image(tmp_path / "a.png", 32)[:, 3::12, 5::12]
-    kept = torch.tensor([[[109, 216, 54], [40, 149, 197], [159, 33, 194]],
-                         [[155, 198, 41], [206, 61, 118], [88, 64, 217]],
-                         [[97, 112, 103], [64, 58, 64], [168, 153, 162]]])
-    assert (found - kept).abs().max() <= 1
+    found = sl.read_image(tmp_path / "a.png", size)[:, 3:36:12, 5:30:12]
+    assert (found - torch.tensor(kept)).abs().max() <= 1
