@@ -172,11 +172,13 @@ def test_a_sheet_has_a_row_for_each_class(small_run, tmp_path, monkeypatch):
     assert run(*command) == 0
     assert run(*command, "--classes", "poppy", 3, "--count", 2, "--seed", 5, "--cfg-scale", 2,
                "--tilt", 45, "--steps", 6, "--out", tmp_path / "new/x.PNG") == 0
+    assert run(*command, "--classes", "daisy", "--count", 1) == 0
     kinds = [[label] * 8 for label in range(12)]
     names = [species[0] for species in reversed(sl.SPECIES)]
     assert sheets == [
         [[0, 1.5, 90, 4], kinds, names, small_run / "sampled.png"],
-        [[5, 2, 45, 6], [[2, 2], [3, 3]], ["poppy", "lily"], tmp_path / "new/x.PNG"]]
+        [[5, 2, 45, 6], [[2, 2], [3, 3]], ["poppy", "lily"], tmp_path / "new/x.PNG"],
+        [[0, 1.5, 90, 4], [[6]], ["daisy"], small_run / "sampled.png"]]
     assert (tmp_path / "new").is_dir()
 
 

@@ -110,7 +110,9 @@ def test_what_each_row_compares(monkeypatch, capsys, autoencoder):
     x, others = [(255 * images).byte() for images in (x, 0.8 * others)]
     train, held_out = [sl.Images(torch.zeros(len(pixels)), "abcd", pixels=pixels)
                        for pixels in (others, x)]
-    rows, x = sl.evaluate(runs, train, held_out), x / 255
+    monkeypatch.setattr(sl, "load_both_splits", lambda config: (train, held_out))
+    monkeypatch.setattr(sl, "load_images", lambda config, split: held_out)
+    rows, x = sl.evaluate(runs), x / 255
     out = capsys.readouterr().out
     reference, unit = statistics(x), statistics(x)[1].trace()
     assert ("FID-30 to 150 training images" in out) == (autoencoder == "dinov2-b")

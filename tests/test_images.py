@@ -74,7 +74,10 @@ def test_folders_train_and_val_are_the_split(tmp_path):
     assert train.classes == ["a", "b", "c"] and len(train) == 90 - 9
     with pytest.raises(sl.UserError, match="no folders train and val"):
         sl.find_images(settings(folder, "imagenet"))
-    fill(folder, "test/b/0.png", "test/c/1.png", "test/c/2.png")
+    fill(folder, "test/b/0.png")
+    with pytest.raises(sl.UserError, match="fewer than 2 images in .*test"):
+        both_splits(folder)
+    fill(folder, "test/c/1.png", "test/c/2.png")
     train, test = both_splits(folder)
     assert train.classes == test.classes and train.classes == ["a", "b", "c"]
     assert train.labels.bincount().tolist() == [30, 30, 30] and test.labels.tolist() == [1, 2, 2]
