@@ -1769,7 +1769,7 @@ def progress_figures(run, images, log, folder):
 # PAPER: the paper's optimizer is unknown. Batch size, learning rate and EMA are RAE's (there the
 #   rate decays to 2e-5, here to 0); the 1,000 epochs of flowers and animal-faces and the 800 of
 #   ImageNet are Sphere Encoder's. The micro-batches fit a GPU of 40 GB, counted with
-#   tests/experiments/speed.py --memory.
+#   tests/experiments/speed.py.
 PHOTOS = {"autoencoder_steps": 1000, "train_steps": 10_000, "learning_rate": 3e-3, "cfg_scale": 3.0}
 PAPER = {"image_size": 256, "model_size": "B", "batch_size": 1024, "learning_rate": 2e-4,
          "ema_decay": 0.9995, "train_steps": 8000, "eval_samples": 50_000, "save_every": 500}
