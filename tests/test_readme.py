@@ -31,8 +31,9 @@ def test_every_picture_experiment_flag_and_name_exists(capsys):
         assert (ROOT / path).stat().st_size > 500, path
     for command in ("train", "sample", "evaluate"):
         assert sl.main([command, "--help"]) == 0
-    flags = set(re.findall(r"(?<=`)--[a-z][a-z-]+", README))
-    assert flags and flags <= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    flags, out = set(re.findall(r"(?<=`)--[a-z][a-z-]+", README)), capsys.readouterr().out
+    assert flags and flags <= set(re.findall(r"--[a-z][a-z-]+", out))
+    assert "updates of the denoiser (default: 1000)" in " ".join(out.split())
     rows = re.findall(r"^\|[^|`]+\| (`.*) \|$", README, re.M)                # the map of the file
     names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert len(names) >= 10
