@@ -96,3 +96,4 @@ def test_every_command_runs(command, folder, small_run, capsys):
         assert saved["step"] == saved["config"].train_steps and len(rows) == 5
         assert all(math.isfinite(float(row["frechet_distance"])) for row in rows)
         assert saved["optimizer"]["state"]                   # it has made an update
+        assert all((run / name).stat().st_size > 0 for name in sl.RUN_FILES)
