@@ -1,4 +1,5 @@
 """The one transformer, and the denoiser that is made of it."""
+import pytest
 import torch
 from conftest import points
 
@@ -15,11 +16,13 @@ def random_denoiser():
     return denoiser
 
 
-def test_xl_has_the_published_number_of_parameters():
+@pytest.mark.parametrize("size, depth, count", [("B", 12, 130_851_840), ("XL", 28, 675_160_896)])
+def test_number_of_parameters(size, depth, count):
+    """That of XL, and of its tensors, is published; that of B is what these rules make of DiT-B."""
     with torch.device("meta"):
-        denoiser = sl.denoiser_for(sl.Config(model_size="XL"), (256, 768), num_classes=1000)
-    assert sum(parameter.numel() for parameter in denoiser.parameters()) == 675_160_896
-    assert len(denoiser.state_dict()) == 401
+        denoiser = sl.denoiser_for(sl.Config(model_size=size), (256, 768), num_classes=1000)
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == count
+    assert len(denoiser.state_dict()) == 401 - 14 * (28 - depth)
 
 
 def test_a_new_transformer_is_the_zero_function_and_its_blocks_the_identity():
