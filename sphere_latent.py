@@ -464,9 +464,10 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, tilt=math.pi / 2, noise=Non
     read the paper's "raw final step". return_path: also return noisy points and estimates, in turn.
 
     The paper's angles and its noise between steps are unknown. Two choices here are ours, tuned on
-    the drawn flowers. The power 0.7 keeps the angles large for longer (74, 55 and 34 degrees in
-    four steps; linear would be 68, 45 and 23). The weights 0.4 and 0.92 use a part of the first
-    noise again. With both, samples come nearer to real drawings at 2, 4 and 6 steps.
+    the drawn flowers with tests/experiments/judge.py. The power 0.7 keeps the angles large for
+    longer (74, 55 and 34 degrees in four steps; linear would be 68, 45 and 23), which helps at two
+    steps. The weights 0.4 and 0.92 use a part of the first noise again, which helps at all steps;
+    untrained features would rather have all new noise at two and four.
     """
     if noise is None:
         noise = torch.randn(steps, len(labels), *denoiser.latent_shape, generator=generator,
