@@ -424,7 +424,7 @@ def training_step(denoiser, average, optimizer, batch, config, generator, loss_o
 
         exchange = contextlib.nullcontext()                  # of gradients between processes
         if hasattr(denoiser, "no_sync") and number < len(batch):
-            exchange = denoiser.no_sync()                    # only with the last micro-batch
+            exchange = denoiser.no_sync()                    # none yet: with the last micro-batch
         with exchange:
             with autocast(device, config.precision):
                 losses = loss_of(denoiser, z, labels, e, alpha_small, alpha_large, config)
@@ -466,8 +466,8 @@ def sample(denoiser, labels, steps=4, cfg_scale=1.0, tilt=math.pi / 2, noise=Non
     The paper's angles and its noise between steps are unknown. Two choices here are ours, tuned on
     the drawn flowers with tests/experiments/judge.py. The power 0.7 keeps the angles large for
     longer (74, 55 and 34 degrees in four steps; linear would be 68, 45 and 23), which helps at two
-    steps. The weights 0.4 and 0.92 use a part of the first noise again, which helps at all steps;
-    untrained features would rather have all new noise at two and four.
+    steps. The weights 0.4 and 0.92 use a part of the first noise again, which helps at 2, 4 and 6
+    steps; measured in untrained features, all new noise is better at 2 and 4.
     """
     if noise is None:
         noise = torch.randn(steps, len(labels), *denoiser.latent_shape, generator=generator,
@@ -1020,7 +1020,7 @@ def uses_rae(config):
     return config.method == "sphere-latent" and config.autoencoder == "dinov2-b"
 
 
-# torchrun starts several processes. Each trains on a part of its own of every batch.
+# torchrun starts several processes. Each trains on its own part of every batch.
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -1798,7 +1798,7 @@ SPHERE_ENCODER = {"noise_distribution": "uniform-tangent", "max_angle": 85.0, "t
 def preset(dataset, autoencoder="", method="sphere-latent"):
     """The Config that a data set, an autoencoder and a method start from."""
     if method == "sphere-encoder":
-        autoencoder = "tiny"                                 # it learns its own, of these sizes
+        autoencoder = "tiny"                                 # unused, but its sizes are right
     if not autoencoder:
         autoencoder = next(name for data, name in PRESETS if data == dataset)
     config = Config(dataset=dataset, autoencoder=autoencoder, method=method,
@@ -2089,7 +2089,7 @@ def train_command(given):
     """Train a model; write its checkpoint, pictures and distances to a run folder.
 
     The defaults below are those of the drawn flowers. Other data sets have their own: PRESETS, in
-    sphere_latent.py. The run's config.json holds the values that it had.
+    sphere_latent.py. A run's config.json holds its values.
     """
     resume = given.pop("resume", None)
     overwrite = False
