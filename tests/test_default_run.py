@@ -1,4 +1,4 @@
-"""The command of the README with no flags, judged by a network that it has never seen."""
+"""The command of the README with half the updates, judged by a network that it has never seen."""
 import csv
 import sys
 
